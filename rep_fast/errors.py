@@ -81,3 +81,7 @@ class HparamError(RepFastError, ValueError):
 
 class MissingDependencyError(RepFastError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class MissingFileError(RepFastError, FileNotFoundError):
+    """A stored file that was asked for by name is not there."""
