@@ -1,0 +1,168 @@
+"""Metrics by name, each with the protocol it belongs to (methods §9).
+
+"Locality" or "efficacy" mean different quantities in different papers: no number is comparable without its protocol.
+Protocols: `REP` (robust editing: exact match, agreement), `EasyEdit` (token match), `PAC` (path editing: means of
+token match), `ROME` (comparisons of probabilities on CounterFact: ES, PS, NS and their differences). All in percent.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rep_fast.evaluation.records import CaseRecord, PromptScore
+
+Records = Sequence[CaseRecord]
+# A metric's value in [−1, 1] and the number of prompts (micro) or records (macro) behind it; None without any.
+Measured = tuple[float, int] | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A named number with its protocol and its definition in words."""
+
+    name: str
+    protocol: str
+    meaning: str
+    compute: Callable[[Records], Measured]
+
+
+def measure(records: Records) -> dict[str, tuple[float, int]]:
+    """Every metric these records allow, in percent, with the count it is averaged over."""
+    measured: dict[str, tuple[float, int]] = {}
+    for metric in METRICS:
+        value = metric.compute(records)
+        if value is not None:
+            measured[metric.name] = (100.0 * value[0], value[1])
+    return measured
+
+
+def _exact(prompt: PromptScore) -> float:
+    return prompt.exact_match
+
+
+def _tokens(prompt: PromptScore) -> float:
+    return prompt.token_match
+
+
+def _agreement(prompt: PromptScore) -> float:
+    return prompt.agreement or 0.0
+
+
+def _micro(group: str, role: str, unit: Callable[[PromptScore], float]) -> Callable[[Records], Measured]:
+    """Mean over all prompts of all records."""
+
+    def compute(records: Records) -> Measured:
+        return _mean([unit(prompt) for record in records for prompt in record.prompts(group, role)])
+
+    return compute
+
+
+def _macro(group: str, role: str, unit: Callable[[PromptScore], float]) -> Callable[[Records], Measured]:
+    """Mean over records of the mean over each record's prompts."""
+
+    def compute(records: Records) -> Measured:
+        per_record = [[unit(prompt) for prompt in record.prompts(group, role)] for record in records]
+        return _mean([statistics.fmean(values) for values in per_record if values])
+
+    return compute
+
+
+def _paired(
+    group: str, winner: str, loser: str, unit: Callable[[PromptScore, PromptScore], float]
+) -> Callable[[Records], Measured]:
+    """Mean over records of the mean over prompts that have both targets."""
+
+    def compute(records: Records) -> Measured:
+        means = []
+        for record in records:
+            first, second = record.prompts(group, winner), record.prompts(group, loser)
+            if first and second:
+                means.append(statistics.fmean(unit(a, b) for a, b in zip(first, second, strict=True)))
+        return _mean(means)
+
+    return compute
+
+
+def _wins(winner: PromptScore, loser: PromptScore) -> float:
+    return float(winner.nll < loser.nll)
+
+
+def _margin(winner: PromptScore, loser: PromptScore) -> float:
+    return winner.probability - loser.probability
+
+
+def _mean(values: Sequence[float]) -> Measured:
+    return (statistics.fmean(values), len(values)) if values else None
+
+
+def _harmonic(*parts: Callable[[Records], Measured]) -> Callable[[Records], Measured]:
+    def compute(records: Records) -> Measured:
+        values = [part(records) for part in parts]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        return statistics.harmonic_mean([v for v, _ in known]), min(n for _, n in known)
+
+    return compute
+
+
+def _average(*parts: Callable[[Records], Measured]) -> Callable[[Records], Measured]:
+    def compute(records: Records) -> Measured:
+        known = [value for value in (part(records) for part in parts) if value is not None]
+        return (statistics.fmean(v for v, _ in known), min(n for _, n in known)) if known else None
+
+    return compute
+
+
+_rewrite_tm = _macro("success", "new", _tokens)
+_rephrase_tm = _macro("paraphrase", "new", _tokens)
+_locality_macro = _macro("locality", "kept", _agreement)
+_es = _paired("success", "new", "true", _wins)
+_ps = _paired("paraphrase", "new", "true", _wins)
+_ns = _paired("locality", "kept", "new", _wins)
+
+
+def _perturbed(kind: str, side: str, words: str) -> Metric:
+    domain = "in-domain" if side == "id" else "out-of-domain"
+    name = f"{kind}_{side}"
+    return Metric(name, "REP", f"EM of the new target {words}, {domain}, per prompt", _micro(name, "new", _exact))
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("success", "REP", "EM of the new target on the edited prompt", _micro("success", "new", _exact)),
+    Metric(
+        "locality",
+        "REP",
+        "share of neighbours' answer positions with the unedited model's arg-max, per prompt",
+        _micro("locality", "kept", _agreement),
+    ),
+    Metric("paraphrase", "REP", "EM of the new target on paraphrases, per prompt", _micro("paraphrase", "new", _exact)),
+    _perturbed("rephrase", "id", "on rephrased subjects"),
+    _perturbed("rephrase", "ood", "on rephrased subjects"),
+    _perturbed("shuffle", "id", "on subjects with shuffled tokens"),
+    _perturbed("shuffle", "ood", "on subjects with shuffled tokens"),
+    _perturbed("long", "id", "after long contexts"),
+    _perturbed("long", "ood", "after long contexts"),
+    Metric("reversion", "REP", "EM of the true target on the edited prompt", _micro("success", "true", _exact)),
+    Metric("paraphrase_macro", "REP", "EM on paraphrases, mean of record means", _macro("paraphrase", "new", _exact)),
+    Metric("rewrite_tm", "EasyEdit", "TM of the new target on the edited prompt", _rewrite_tm),
+    Metric("rephrase_tm", "EasyEdit", "TM of the new target on paraphrased prompts", _rephrase_tm),
+    Metric("locality_macro", "EasyEdit", "agreement with the unedited model, mean of record means", _locality_macro),
+    Metric(
+        "path_score",
+        "PAC",
+        "arithmetic mean of efficacy (TM), locality (agreement) and generality (TM)",
+        _average(_rewrite_tm, _locality_macro, _rephrase_tm),
+    ),
+    Metric("es", "ROME", "share of records with P(new) > P(true) on the edited prompt", _es),
+    Metric("ps", "ROME", "share of paraphrases with P(new) > P(true), mean of record means", _ps),
+    Metric("ns", "ROME", "share of neighbours with P(true) > P(new), mean of record means", _ns),
+    Metric("s", "ROME", "harmonic mean of ES, PS and NS", _harmonic(_es, _ps, _ns)),
+    Metric("em_diff", "ROME", "P(new) − P(true) on the edited prompt", _paired("success", "new", "true", _margin)),
+    Metric("pm_diff", "ROME", "P(new) − P(true) on paraphrases", _paired("paraphrase", "new", "true", _margin)),
+    Metric("nm_diff", "ROME", "P(true) − P(new) on neighbours", _paired("locality", "kept", "new", _margin)),
+)
+
+PROTOCOL_OF: dict[str, str] = {metric.name: metric.protocol for metric in METRICS}
