@@ -1,0 +1,44 @@
+"""The native module: whether it is there, why not, and which instruction set it may use."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from rep_fast.errors import BackendError
+
+
+class Native(NamedTuple):
+    """`rep_fast._C`, or None with the reason it cannot be imported."""
+
+    module: ModuleType | None
+    reason: str
+
+
+def find() -> Native:
+    """The native module, looked for at every call; nothing fails when it is missing."""
+    try:
+        from rep_fast import _C
+    except ImportError as error:
+        return Native(None, f"rep_fast._C cannot be imported ({error}); build it with: pip install -e .")
+    return Native(_C, "rep_fast._C is built")
+
+
+def level(module: ModuleType) -> int:
+    """Row of the dispatch tables to use: the machine's, lowered by `REP_FAST_ISA` where that is set.
+
+    Raises:
+        BackendError: `REP_FAST_ISA` names no instruction set.
+    """
+    try:
+        return module.resolve_level(os.environ.get("REP_FAST_ISA", ""))
+    except ValueError as error:
+        raise BackendError(f"REP_FAST_ISA: {error}") from None
+
+
+def n_threads() -> int:
+    """Threads a CPU kernel may use: torch's setting."""
+    return torch.get_num_threads()

@@ -1,0 +1,70 @@
+"""Builds rep_fast._C by driving CMake; everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_tool(name: str) -> str:
+    """Path of a build tool, the running environment's own before any on PATH (a system cmake may be too old)."""
+    beside = [sysconfig.get_path("scripts"), os.path.dirname(sys.executable)]
+    found = shutil.which(name, path=os.pathsep.join(beside)) or shutil.which(name)
+    if found is None:
+        raise RuntimeError(f"{name} was not found; pip install {name}, or install without --no-build-isolation")
+    return found
+
+
+class CMakeBuild(build_ext):
+    """Configure, build and install one CMake project.
+
+    The build directory lies outside setuptools' temporary ones, so that a second `pip install -e .` recompiles only
+    what changed.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        cmake, ninja = find_tool("cmake"), find_tool("ninja")
+        build_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+        destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        configure = [
+            cmake, "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+            # An isolated build runs in a new directory each time: what CMake remembered of the last one is gone.
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DREP_FAST_CUDA={os.environ.get('REP_FAST_CUDA', 'AUTO')}",
+        ]  # fmt: skip
+        if is_moved(build_dir):
+            configure.append("--fresh")
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(build_dir)], check=True)
+        subprocess.run([cmake, "--install", str(build_dir), "--prefix", str(destination)], check=True)
+
+
+def is_moved(build_dir: Path) -> bool:
+    """Whether the directory was configured for a source tree elsewhere, which CMake refuses to take over."""
+    cache = build_dir / "CMakeCache.txt"
+    return cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text()
+
+
+def extensions() -> list[Extension]:
+    """The native module on x86-64 Linux; elsewhere the plain torch bodies serve."""
+    if sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64"):
+        return [Extension("rep_fast._C", sources=[])]
+    return []
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
