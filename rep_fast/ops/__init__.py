@@ -5,7 +5,26 @@ Nothing here knows models. `backend()` tells which body runs and why; `profile()
 
 from __future__ import annotations
 
+from rep_fast.ops.accumulate_moment import MomentSum, accumulate_moment
 from rep_fast.ops.backend import backend
+from rep_fast.ops.gated_adapter import AdapterWeights, gate_logits, gated_adapter
+from rep_fast.ops.kbest_paths import kbest_paths
+from rep_fast.ops.packed_scores import PackedScores, packed_scores
 from rep_fast.ops.profile import Call, profile
+from rep_fast.ops.spd_solver import SolverReport, SpdSolver
 
-__all__ = ["Call", "backend", "profile"]
+__all__ = [
+    "AdapterWeights",
+    "Call",
+    "MomentSum",
+    "PackedScores",
+    "SolverReport",
+    "SpdSolver",
+    "accumulate_moment",
+    "backend",
+    "gate_logits",
+    "gated_adapter",
+    "kbest_paths",
+    "packed_scores",
+    "profile",
+]

@@ -1,0 +1,165 @@
+"""Second moments of keys, summed block by block.
+
+C = E[k kᵀ] is the statistic behind every closed-form editor (ROME, MEMIT). A float32 running sum over 1e8 tokens loses
+digits, so blocks of tokens are multiplied in float32 and their products are added in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rep_fast.errors import HparamError, NonFiniteError, SingularMomentError
+
+# rows multiplied in float32 before the product is added in float64: the float32 error of one entry is at most
+# kBlockRows · 2⁻²⁴ · Σ|k_i k_j|, while one pass over the float64 sum is paid once per block
+BLOCK_ROWS = 1024
+_KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class MomentSum:
+    """Running Σ k kᵀ over tokens: float64 lower triangle and token count.
+
+    Merging is exactly commutative and associative up to float64 rounding, so processes and machines combine their
+    shards in any order.
+
+    Attributes:
+        lower: [M, M] float64; entries above the diagonal are not used.
+        count: tokens added.
+        n_nonfinite: tokens left out because they held a NaN or infinity (`nonfinite="exclude"`).
+    """
+
+    lower: Tensor
+    count: int = 0
+    n_nonfinite: int = 0
+
+    @classmethod
+    def zeros(cls, key_dim: int, *, device: torch.device | str | None = None) -> MomentSum:
+        """Empty sum for keys of width `key_dim`."""
+        if key_dim < 1:
+            raise HparamError(f"MomentSum: key width must be at least 1, got {key_dim}")
+        return cls(torch.zeros(key_dim, key_dim, dtype=torch.float64, device=device))
+
+    @property
+    def key_dim(self) -> int:
+        """M, the key width."""
+        return self.lower.shape[0]
+
+    def second_moment(self) -> Tensor:
+        """C = Σ k kᵀ / count, [M, M] float64, exactly symmetric.
+
+        Raises:
+            SingularMomentError: no token was added yet.
+        """
+        if self.count == 0:
+            raise SingularMomentError("second moment over 0 tokens is undefined; add keys before asking for it")
+        moment = self.lower.tril() / self.count
+        return moment + moment.tril(-1).T
+
+    def merge(self, other: MomentSum) -> MomentSum:
+        """Sum over the tokens of both; neither is changed."""
+        if other.key_dim != self.key_dim:
+            raise HparamError(f"MomentSum.merge: key widths differ, {self.key_dim} and {other.key_dim}")
+        lower = self.lower + other.lower.to(self.lower.device)
+        return MomentSum(lower, self.count + other.count, self.n_nonfinite + other.n_nonfinite)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Plain tensors for a safetensors file: `lower` [M, M] float64, `counts` [2] int64."""
+        counts = torch.tensor([self.count, self.n_nonfinite], dtype=torch.int64)
+        return {"lower": self.lower.tril(), "counts": counts}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> MomentSum:
+        """Inverse of `to_tensors`."""
+        if set(tensors) != {"lower", "counts"}:
+            raise HparamError(f"MomentSum: needs the tensors lower and counts, got {sorted(tensors)}")
+        lower, counts = tensors["lower"], tensors["counts"]
+        if lower.dim() != 2 or lower.shape[0] != lower.shape[1] or lower.dtype != torch.float64 or counts.shape != (2,):
+            raise HparamError(
+                f"MomentSum: lower must be (M, M) float64 and counts (2,), got {tuple(lower.shape)} {lower.dtype}"
+                f" and {tuple(counts.shape)}"
+            )
+        count, n_nonfinite = counts.tolist()
+        return cls(lower.clone(), count, n_nonfinite)
+
+
+def accumulate_moment(
+    total: MomentSum, keys: Tensor, *, mask: Tensor | None = None, nonfinite: str = "raise"
+) -> MomentSum:
+    """Add the keys of some tokens to a running second moment.
+
+    total.lower += tril(Σ_t k_t k_tᵀ), total.count += T (statistics of ROME/MEMIT, methods §4): float32 products over
+    `BLOCK_ROWS` tokens at a time, float64 between blocks; float64 keys are multiplied in float64.
+
+    Args:
+        total: changed in place.
+        keys: [T, M] float32, bfloat16, float16 or float64 on total's device; rows may be padded, T may be 0.
+        mask: [T] bool, True for tokens that count; default all.
+        nonfinite: "raise", or "exclude" to leave such tokens out and count them in `total.n_nonfinite`.
+    Returns:
+        `total`.
+    Raises:
+        HparamError: shapes, dtypes or devices do not fit, or `nonfinite` is unknown.
+        NonFiniteError: a NaN or infinity in a token that counts; `total` is then unchanged.
+    """
+    _check(total, keys, mask, nonfinite)
+    rows = keys.detach() if mask is None else keys.detach()[mask]
+    finite = _finite_rows(rows)
+    if not bool(finite.all()):
+        if nonfinite == "raise":
+            row = int((~finite).nonzero()[0])
+            if mask is not None:
+                row = int(mask.nonzero()[row])
+            raise NonFiniteError(
+                f"accumulate_moment: keys hold a NaN or infinity in row {row}; fix them or pass nonfinite='exclude'"
+            )
+        total.n_nonfinite += int((~finite).sum())
+        rows = rows[finite]
+    if rows.shape[0]:
+        torch.ops.rep_fast.accumulate_moment(total.lower, rows)
+    total.count += rows.shape[0]
+    return total
+
+
+def _check(total: MomentSum, keys: Tensor, mask: Tensor | None, nonfinite: str) -> None:
+    if nonfinite not in ("raise", "exclude"):
+        raise HparamError(f"accumulate_moment: nonfinite must be 'raise' or 'exclude', got {nonfinite!r}")
+    _check_shapes(total.lower, keys)
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != keys.shape[:1]):
+        raise HparamError(
+            f"accumulate_moment: mask must be ({keys.shape[0]},) bool, got {tuple(mask.shape)} {mask.dtype}"
+        )
+
+
+def _check_shapes(lower: Tensor, keys: Tensor) -> None:
+    if keys.dim() != 2 or keys.dtype not in _KEY_DTYPES:
+        raise HparamError(
+            "accumulate_moment: keys must be (tokens, width) float32|bfloat16|float16|float64,"
+            f" got {tuple(keys.shape)} {keys.dtype}"
+        )
+    if keys.shape[1] != lower.shape[0]:
+        raise HparamError(f"accumulate_moment: keys are {keys.shape[1]} wide, the sum is {lower.shape[0]} wide")
+    if keys.device != lower.device:
+        raise HparamError(f"accumulate_moment: keys are on {keys.device}, the sum is on {lower.device}")
+
+
+def _finite_rows(keys: Tensor) -> Tensor:
+    blocks = [torch.isfinite(block).all(dim=1) for block in keys.split(BLOCK_ROWS)]
+    return torch.cat(blocks) if blocks else torch.ones(0, dtype=torch.bool, device=keys.device)
+
+
+@torch.library.custom_op("rep_fast::accumulate_moment", mutates_args=("lower",))
+def _accumulate_moment(lower: Tensor, keys: Tensor) -> None:
+    _check_shapes(lower, keys)
+    wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    for block in keys.split(BLOCK_ROWS):
+        rows = block.to(wide)
+        lower += rows.T @ rows
+
+
+@_accumulate_moment.register_fake
+def _(lower: Tensor, keys: Tensor) -> None:
+    _check_shapes(lower, keys)

@@ -1,0 +1,298 @@
+"""The gated key adapter of REP: a key is moved only where a small gate network says so.
+
+k̂ = k + 1[σ(w₂ᵀ GELU(W₁k + b₁) + b₂) > τ] · B(A k) (REP, methods §6.1). The comparison is made on logits, σ being
+monotone. Inference uses the hard gate, training the soft one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, linear
+
+from rep_fast.errors import HparamError, NonFiniteError
+
+COMPOSITIONS = ("chain", "argmax", "sum")
+GATES = ("hard", "soft")
+_KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# tokens whose gate activations are alive at once in the torch body
+_TILE_TOKENS = 512
+
+
+class AdapterWeights(NamedTuple):
+    """Weights of one adapter, all float32 (default), bfloat16 or float64, on one device.
+
+    Shapes: a [r, M], b [M, r], w1 [H, M], b1 [H], w2 [H], b2 [1].
+    """
+
+    a: Tensor
+    b: Tensor
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+
+    @property
+    def key_dim(self) -> int:
+        """M, the key width."""
+        return self.a.shape[1]
+
+
+def gated_adapter(
+    keys: Tensor,
+    adapters: AdapterWeights | Sequence[AdapterWeights],
+    *,
+    tau: float | Sequence[float] = 0.9,
+    gate: str = "hard",
+    compose: str = "chain",
+) -> Tensor:
+    """Keys after the gated adapters.
+
+    k̂ = k + 1[z(k) > log(τ/(1−τ))]·B(Ak) with z(k) = w₂ᵀGELU(W₁k + b₁) + b₂, exact GELU (REP, methods §6.1, §6.5).
+    Several adapters compose as
+      chain    k ← k + 1[g_i(k) > τ_i] π_i(k) in the given order; later gates see the key as it is by then
+      argmax   gates see the native key; of those open, the largest logit acts (equal logits: the first)
+      sum      gates see the native key; the projections of all open ones are added
+
+    Args:
+        keys: [T, M] float32, bfloat16, float16 or float64; rows may be padded, T may be 0. Arithmetic is float32
+            (float64 when keys or weights are), rounded to the keys' dtype once at the end.
+        adapters: one adapter or several in edit order; weights on the keys' device.
+        tau: gate threshold in [0, 1], one for all or one each; 0 opens always, 1 never.
+        gate: "hard", or "soft" for k + σ(z)·B(Ak), differentiable in keys and weights (one adapter, training).
+        compose: "chain", "argmax" or "sum".
+    Returns:
+        [T, M], dtype of `keys`. With the hard gate, rows where every gate is shut are bitwise those of `keys`, and
+        gradients flow to keys, a and b as if the gate decisions were constants.
+    Raises:
+        HparamError: shapes, dtypes, devices, τ, gate or compose out of range.
+        NonFiniteError: a gate logit is NaN or infinite (CPU).
+    """
+    chosen = [adapters] if isinstance(adapters, AdapterWeights) else list(adapters)
+    thresholds = _thresholds(tau, len(chosen))
+    if gate not in GATES:
+        raise HparamError(f"gated_adapter: gate must be one of {', '.join(GATES)}, got {gate!r}")
+    if compose not in COMPOSITIONS:
+        raise HparamError(f"gated_adapter: compose must be one of {', '.join(COMPOSITIONS)}, got {compose!r}")
+    _check(keys, chosen)
+    if gate == "soft":
+        if len(chosen) != 1:
+            raise HparamError(f"gated_adapter: the soft gate takes one adapter, got {len(chosen)}")
+        return _soft(keys, chosen[0])
+    weights = [tensor for adapter in chosen for tensor in adapter]
+    return torch.ops.rep_fast.gated_adapter(keys, weights, thresholds, compose)[0]
+
+
+def gate_logits(keys: Tensor, adapter: AdapterWeights) -> Tensor:
+    """Logits z(k) = w₂ᵀGELU(W₁k + b₁) + b₂ of one gate, the numbers the hard gate compares.
+
+    Args:
+        keys: [T, M] as for `gated_adapter`.
+    Returns:
+        [T] float32 (float64 when keys or weights are), differentiable in keys and weights.
+    Raises:
+        HparamError: as `gated_adapter`.
+    """
+    _check(keys, [adapter])
+    dtype = _compute_dtype(keys, adapter)
+    if torch.is_grad_enabled() and (keys.requires_grad or any(tensor.requires_grad for tensor in adapter)):
+        return _logits(keys.to(dtype), adapter, dtype)
+    return torch.ops.rep_fast.gate_logits(keys, list(adapter))
+
+
+def _thresholds(tau: float | Sequence[float], n_adapters: int) -> list[float]:
+    """log(τ/(1−τ)) per adapter."""
+    if n_adapters == 0:
+        raise HparamError("gated_adapter: no adapter given; pass at least one AdapterWeights")
+    taus = [float(tau)] * n_adapters if isinstance(tau, (int, float)) else [float(value) for value in tau]
+    if len(taus) != n_adapters:
+        raise HparamError(f"gated_adapter: {len(taus)} values of tau for {n_adapters} adapters")
+    for value in taus:
+        if not 0.0 <= value <= 1.0:
+            raise HparamError(f"gated_adapter: tau must lie in [0, 1], got {value}")
+    return [_logit(value) for value in taus]
+
+
+def _logit(tau: float) -> float:
+    if tau in (0.0, 1.0):
+        return math.inf if tau else -math.inf
+    return math.log(tau / (1.0 - tau))
+
+
+def _check(keys: Tensor, adapters: Sequence[AdapterWeights]) -> None:
+    if keys.dim() != 2 or keys.dtype not in _KEY_DTYPES:
+        raise HparamError(
+            "gated_adapter: keys must be (tokens, width) float32|bfloat16|float16|float64,"
+            f" got {tuple(keys.shape)} {keys.dtype}"
+        )
+    M = keys.shape[1]
+    for number, adapter in enumerate(adapters):
+        r, H = adapter.a.shape[0], adapter.w1.shape[0]
+        wanted = {"a": (r, M), "b": (M, r), "w1": (H, M), "b1": (H,), "w2": (H,), "b2": (1,)}
+        for name, shape in wanted.items():
+            tensor: Tensor = getattr(adapter, name)
+            if tensor.shape != shape:
+                raise HparamError(
+                    f"gated_adapter: {name} of adapter {number} must be {shape} for keys of width {M},"
+                    f" got {tuple(tensor.shape)}"
+                )
+            if tensor.dtype not in _WEIGHT_DTYPES or tensor.dtype != adapter.a.dtype or tensor.device != keys.device:
+                raise HparamError(
+                    f"gated_adapter: {name} of adapter {number} must be one of float32|bfloat16|float64, the dtype of a"
+                    f" and on {keys.device}, got {tensor.dtype} on {tensor.device}"
+                )
+
+
+def _compute_dtype(keys: Tensor, adapter: AdapterWeights) -> torch.dtype:
+    return torch.float64 if torch.float64 in (keys.dtype, adapter.a.dtype) else torch.float32
+
+
+def _logits(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Tensor:
+    hidden = linear(keys, adapter.w1.to(dtype), adapter.b1.to(dtype))  # [T, H]
+    return gelu(hidden) @ adapter.w2.to(dtype) + adapter.b2.to(dtype)
+
+
+def _tiled_logits(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Tensor:
+    tiles = [_logits(tile.to(dtype), adapter, dtype) for tile in keys.split(_TILE_TOKENS)]
+    return torch.cat(tiles) if tiles else keys.new_empty(0, dtype=dtype)
+
+
+def _projected(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Tensor:
+    return linear(linear(keys.to(dtype), adapter.a.to(dtype)), adapter.b.to(dtype))
+
+
+def _soft(keys: Tensor, adapter: AdapterWeights) -> Tensor:
+    dtype = _compute_dtype(keys, adapter)
+    wide = keys.to(dtype)
+    opening = torch.sigmoid(_logits(wide, adapter, dtype)).unsqueeze(1)  # [T, 1]
+    return (wide + opening * _projected(wide, adapter, dtype)).to(keys.dtype)
+
+
+def _unflatten(weights: Sequence[Tensor]) -> list[AdapterWeights]:
+    return [AdapterWeights(*weights[i : i + 6]) for i in range(0, len(weights), 6)]
+
+
+# Library.define, not custom_op: this one is called per layer and generated token, where 6 µs a call count
+_library = torch.library.Library("rep_fast", "FRAGMENT")
+_library.define("gated_adapter(Tensor keys, Tensor[] weights, float[] thresholds, str compose) -> (Tensor, Tensor)")
+_library.define("gate_logits(Tensor keys, Tensor[] weights) -> Tensor")
+
+
+def _forward(
+    keys: Tensor, weights: Sequence[Tensor], thresholds: Sequence[float], compose: str
+) -> tuple[Tensor, Tensor]:
+    """Adapted keys [T, M] and which gates were open [E, T] bool."""
+    adapters = _unflatten(weights)
+    if compose == "chain":
+        return _chain(keys, adapters, thresholds)
+    logits = torch.stack([_gate(keys, adapter, bound) for adapter, bound in zip(adapters, thresholds, strict=True)])
+    opened = _above(logits, thresholds)
+    if compose == "argmax":
+        confident = torch.where(opened, logits, -math.inf).argmax(0)  # first of equals
+        opened &= torch.arange(len(adapters), device=keys.device).unsqueeze(1) == confident
+    return _add_projections(keys, adapters, opened), opened
+
+
+def _gate(keys: Tensor, adapter: AdapterWeights, threshold: float) -> Tensor:
+    """Finite logits; a threshold of ±∞ needs none."""
+    dtype = _compute_dtype(keys, adapter)
+    if math.isinf(threshold):
+        return torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
+    logits = _tiled_logits(keys, adapter, dtype)
+    if logits.device.type == "cpu":
+        finite = torch.isfinite(logits)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise NonFiniteError(f"gated_adapter: the gate logit of row {row} is {float(logits[row])}; check the keys")
+    return logits
+
+
+def _above(logits: Tensor, thresholds: Sequence[float]) -> Tensor:
+    # the bound is rounded to the logits' dtype, so that a logit stored as log(τ/(1−τ)) equals it: closed
+    return logits > torch.tensor(list(thresholds), dtype=logits.dtype, device=logits.device).unsqueeze(1)
+
+
+def _chain(keys: Tensor, adapters: Sequence[AdapterWeights], thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
+    opened = torch.zeros(len(adapters), keys.shape[0], dtype=torch.bool, device=keys.device)
+    current = keys
+    for number, (adapter, bound) in enumerate(zip(adapters, thresholds, strict=True)):
+        opened[number] = _above(_gate(current, adapter, bound).unsqueeze(0), [bound])[0]
+        rows = opened[number].nonzero().squeeze(1)
+        if rows.numel():
+            # changed keys stay wide until the end, so that the chain rounds once
+            dtype = torch.promote_types(_compute_dtype(keys, adapter), current.dtype)
+            current = current.to(dtype, copy=True)
+            current[rows] += _projected(current[rows], adapter, _compute_dtype(keys, adapter)).to(dtype)
+    return _narrowed(keys, current, opened), opened
+
+
+def _add_projections(keys: Tensor, adapters: Sequence[AdapterWeights], opened: Tensor) -> Tensor:
+    current = keys
+    for number, adapter in enumerate(adapters):
+        rows = opened[number].nonzero().squeeze(1)
+        if rows.numel():
+            dtype = torch.promote_types(_compute_dtype(keys, adapter), current.dtype)
+            current = current.to(dtype, copy=True)
+            current[rows] += _projected(keys[rows], adapter, _compute_dtype(keys, adapter)).to(dtype)
+    return _narrowed(keys, current, opened)
+
+
+def _narrowed(keys: Tensor, current: Tensor, opened: Tensor) -> Tensor:
+    """`keys` with the changed rows rounded to the keys' dtype; shut rows keep their bits, NaN payloads included."""
+    adapted = keys.clone(memory_format=torch.contiguous_format)
+    rows = opened.any(0).nonzero().squeeze(1)
+    if rows.numel():
+        adapted[rows] = current[rows].to(keys.dtype)
+    return adapted
+
+
+def _fake(keys: Tensor, weights: Sequence[Tensor], thresholds: Sequence[float], compose: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(keys, memory_format=torch.contiguous_format), keys.new_empty(
+        (len(thresholds), keys.shape[0]), dtype=torch.bool
+    )
+
+
+def _forward_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    (adapter,) = _unflatten(weights)
+    return _tiled_logits(keys, adapter, _compute_dtype(keys, adapter))
+
+
+def _fake_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    return keys.new_empty(keys.shape[0], dtype=_compute_dtype(keys, _unflatten(weights)[0]))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    keys, weights, _, compose = inputs
+    ctx.save_for_backward(keys, output[1], *weights)
+    ctx.mark_non_differentiable(output[1])
+    ctx.compose = compose
+
+
+def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:
+    """Gradients with the gate decisions held constant, by autograd over the open projections alone."""
+    keys, opened, *weights = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (keys, *weights)]
+        current = native = leaves[0]
+        for number, adapter in enumerate(_unflatten(leaves[1:])):
+            source = current if ctx.compose == "chain" else native
+            rows = opened[number].nonzero().squeeze(1)
+            moved = _projected(source[rows], adapter, _compute_dtype(keys, adapter))
+            dtype = torch.promote_types(moved.dtype, current.dtype)
+            current = current.to(dtype).index_add(0, rows, moved.to(dtype))
+        gradients = torch.autograd.grad(current, leaves, upstream.to(current.dtype), allow_unused=True)
+    return gradients[0], list(gradients[1:]), None, None
+
+
+_library.impl("gated_adapter", _forward, "CPU")
+_library.impl("gated_adapter", _forward, "CUDA")
+_library.impl("gate_logits", _forward_logits, "CPU")
+_library.impl("gate_logits", _forward_logits, "CUDA")
+torch.library.register_fake("rep_fast::gated_adapter", _fake, lib=_library)
+torch.library.register_fake("rep_fast::gate_logits", _fake_logits, lib=_library)
+torch.library.register_autograd("rep_fast::gated_adapter", _backward, setup_context=_remember, lib=_library)

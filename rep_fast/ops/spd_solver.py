@@ -1,0 +1,317 @@
+"""Solves with a second moment: C⁻¹k from one factorisation, to a residual that is measured and reported.
+
+Every closed-form editor asks for C⁻¹k (ROME's direction, MEMIT's and EMMET's gram matrices), and whitened similarity
+is aᵀC⁻¹b. C is factored once per layer in float32; float64 residuals bring each solution to the wanted accuracy, and
+conjugate gradients preconditioned by the factor take over where plain refinement stalls (condition ≥ 1e7).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rep_fast.errors import CorruptFileError, HparamError, NonFiniteError, SingularMomentError, SolverError
+from rep_fast.ops.cholesky import Factor, factorise
+from rep_fast.ops.tensor_file import read_tensors, write_tensors
+
+PRECISIONS = ("fp32", "fp64")
+_KIND = "spd_solver"
+# rows of C that are widened to float64 at a time
+_TILE_ROWS = 512
+_MAX_REFINEMENTS = 20
+_MAX_CG_STEPS = 400
+# largest relative ridge that "auto" tries: beyond it the ridge would be a sizeable part of C itself
+_AUTO_RIDGES = (0.0, *(10.0**exponent for exponent in range(-8, -1)))
+# entries C_ij and C_ji of a symmetric product may differ by the rounding of its summation
+_ASYMMETRY = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+@dataclass(frozen=True)
+class SolverReport:
+    """What was done: `precision` of the factor ("fp32", "fp64"), relative `ridge`, why the factor is wider than asked
+    (`note`, else empty); of the latest solve: `method` ("none", "refinement", "conjugate gradients"), `iterations`
+    and the achieved `residual`, worst column of ‖b − Cx‖₂/‖b‖₂."""
+
+    precision: str
+    ridge: float
+    note: str = ""
+    method: str = "none"
+    iterations: int = 0
+    residual: float = 0.0
+
+
+class SpdSolver:
+    """A factored second moment. Build with `SpdSolver.factor` or `SpdSolver.load`.
+
+    Attributes:
+        second_moment: [M, M] as given (float32 stays float32), without the ridge; not copied, must not be changed.
+        ridge: r; the systems solved are (C + r·tr(C)/M·I) x = b.
+        tolerance: largest accepted residual.
+        report: SolverReport with the latest solve.
+    """
+
+    def __init__(self, second_moment: Tensor, factor: Factor, *, shift: float, tolerance: float, report: SolverReport):
+        self.second_moment = second_moment
+        self.tolerance = tolerance
+        self.report = report
+        self._factor = factor
+        self._shift = shift
+
+    @classmethod
+    def factor(
+        cls,
+        second_moment: Tensor,
+        *,
+        precision: str = "fp32",
+        ridge: float | str | None = None,
+        tolerance: float = 1e-10,
+        token_count: int | None = None,
+    ) -> SpdSolver:
+        """Cholesky factor of C + r·tr(C)/M·I (methods §4).
+
+        Args:
+            second_moment: C [M, M] symmetric float32 or float64, CPU or CUDA. Differences of rounding size between
+                C_ij and C_ji are averaged away.
+            precision: "fp32" factors in float32 and widens to float64 by itself where float32 fails although C is
+                positive definite; "fp64" factors in float64 (forward errors near 1e-16·condition).
+            ridge: r >= 0, None for 0, or "auto": the smallest of 0, 1e-8, 1e-7 … 1e-2 with which C factors.
+            tolerance: largest accepted residual ‖b − Cx‖₂/‖b‖₂ of a solve, worst column.
+            token_count: tokens behind C; fewer than M cannot give an invertible C and are refused without a ridge.
+        Raises:
+            HparamError: wrong shape, dtype, option or asymmetry.
+            NonFiniteError: a NaN or infinity in C.
+            SingularMomentError: C (with the ridge) is singular or indefinite.
+        Cost: M³/3 multiply-adds; memory one factor beside C.
+        """
+        matrix = _checked(second_moment, precision, tolerance)
+        M = matrix.shape[0]
+        mean_diagonal = float(matrix.diagonal().double().mean())
+        candidates = _AUTO_RIDGES if ridge == "auto" else (_fixed_ridge(ridge),)
+        pivot = 0
+        for r in candidates:
+            if r == 0.0 and token_count is not None and token_count < M:
+                pivot = token_count  # a sum of that many k kᵀ has no larger rank
+                continue
+            note = ""
+            for attempt in dict.fromkeys((precision, "fp64")):
+                factor, pivot = factorise(matrix, shift=r * mean_diagonal, precision=attempt)
+                if factor is not None:
+                    report = SolverReport(attempt, r, note)
+                    return cls(matrix, factor, shift=r * mean_diagonal, tolerance=tolerance, report=report)
+                note = f"float32 failed at pivot {pivot}; factored in float64"
+        raise SingularMomentError(_singular(M, pivot, token_count, candidates[-1], ridge == "auto"))
+
+    @property
+    def key_dim(self) -> int:
+        """M."""
+        return self.second_moment.shape[0]
+
+    @property
+    def ridge(self) -> float:
+        """r, relative to the mean diagonal entry of C."""
+        return self.report.ridge
+
+    def solve(self, right_hand_sides: Tensor) -> Tensor:
+        """X with (C + ridge) X = B, by the factor and float64 refinement.
+
+        Args:
+            right_hand_sides: B [M, n] float32 or float64 on C's device; n may be 0.
+        Returns:
+            [M, n] float64. `report` tells the iterations and the achieved residual.
+        Raises:
+            HparamError: shape, dtype or device do not fit.
+            NonFiniteError: a NaN or infinity in B.
+            SolverError: the residual stays above the tolerance.
+        Cost: per step one float64 product with C and one pair of triangular solves.
+        """
+        b = self._checked_right_hand_sides(right_hand_sides)
+        norms = b.norm(dim=0)
+        unit = b / torch.where(norms > 0, norms, 1.0)
+        x, method, iterations = self._refine(unit)
+        worst = self._residual(unit, x)[1]
+        if worst > self.tolerance and method != "refinement":
+            x, cg_steps = self._conjugate_gradients(unit, x)
+            method, iterations = "conjugate gradients", iterations + cg_steps
+            worst = self._residual(unit, x)[1]
+        self.report = replace(self.report, method=method, iterations=iterations, residual=worst)
+        if not worst <= self.tolerance:
+            raise SolverError(self._not_reached(unit, x, worst))
+        return x * norms
+
+    def similarity(self, left: Tensor, right: Tensor) -> Tensor:
+        """Whitened similarity AᵀC⁻¹B of the columns of A [M, a] and B [M, b]: [a, b] float64.
+
+        Raises: as `solve`; the side with fewer columns is solved for.
+        """
+        first = self._checked_right_hand_sides(left)
+        second = self._checked_right_hand_sides(right)
+        if first.shape[1] < second.shape[1]:
+            return self.solve(first).T @ second
+        return first.T @ self.solve(second)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """`second_moment` [M, M], `lower` [M, M] factor of the scaled matrix, `scale` [M] float64."""
+        return {"second_moment": self.second_moment, "lower": self._factor.lower, "scale": self._factor.scale}
+
+    def save(self, path: str | Path) -> None:
+        """Write C and its factor as one safetensors file, atomically.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        facts = {
+            "precision": self.report.precision,
+            "ridge": self.report.ridge,
+            "note": self.report.note,
+            "shift": self._shift,
+            "tolerance": self.tolerance,
+        }
+        write_tensors(path, self.to_tensors(), kind=_KIND, facts=facts)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> SpdSolver:
+        """Read what `save` wrote; solves are bitwise those of the saved solver.
+
+        Raises:
+            CorruptFileError: damaged, or not a solver file.
+        """
+        tensors, facts = read_tensors(path, kind=_KIND)
+        try:
+            matrix, lower, scale = (tensors[name].to(device) for name in ("second_moment", "lower", "scale"))
+            report = SolverReport(facts["precision"], facts["ridge"], facts["note"])
+            shift, tolerance = facts["shift"], facts["tolerance"]
+        except KeyError as error:
+            raise CorruptFileError(f"{path} lacks {error}; write it again") from error
+        return cls(matrix, Factor(lower, scale), shift=shift, tolerance=tolerance, report=report)
+
+    def _checked_right_hand_sides(self, b: Tensor) -> Tensor:
+        if b.dim() != 2 or b.shape[0] != self.key_dim or b.dtype not in (torch.float32, torch.float64):
+            raise HparamError(
+                f"SpdSolver: right-hand sides must be ({self.key_dim}, n) float32|float64,"
+                f" got {tuple(b.shape)} {b.dtype}"
+            )
+        if b.device != self.second_moment.device:
+            raise HparamError(f"SpdSolver: right-hand sides are on {b.device}, C is on {self.second_moment.device}")
+        finite = torch.isfinite(b).all(dim=1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise NonFiniteError(f"SpdSolver: right-hand sides hold a NaN or infinity in row {row}")
+        return b.detach().double()
+
+    def _product(self, x: Tensor) -> Tensor:
+        """(C + shift·I) x in float64; C is widened a few rows at a time."""
+        tiles = [rows.double() @ x for rows in self.second_moment.split(_TILE_ROWS)]
+        return torch.cat(tiles).add_(x, alpha=self._shift)
+
+    def _residual(self, unit: Tensor, x: Tensor) -> tuple[Tensor, float]:
+        """b − Cx and its worst column norm; the columns of `unit` have norm 1 (or 0)."""
+        rest = unit - self._product(x)
+        norms = rest.norm(dim=0)
+        return rest, float(norms.max()) if norms.numel() else 0.0
+
+    def _refine(self, unit: Tensor) -> tuple[Tensor, str, int]:
+        """Iterative refinement until the tolerance holds or a step gains less than a factor of two."""
+        x = self._factor.solve(unit)
+        rest, worst = self._residual(unit, x)
+        for step in range(_MAX_REFINEMENTS):
+            if worst <= self.tolerance:
+                return x, "refinement", step
+            candidate = x + self._factor.solve(rest)
+            next_rest, next_worst = self._residual(unit, candidate)
+            if not next_worst < worst:
+                return x, "stalled", step + 1
+            stalls = next_worst > 0.5 * worst
+            x, rest, worst = candidate, next_rest, next_worst
+            if stalls:
+                break
+        return x, "refinement" if worst <= self.tolerance else "stalled", step + 1
+
+    def _conjugate_gradients(self, unit: Tensor, start: Tensor) -> tuple[Tensor, int]:
+        """Flexible conjugate gradients on all columns at once; keeps the best iterate of each column.
+
+        The preconditioner is rounded differently at every step, hence the Polak–Ribière form of β.
+        """
+        x, best = start.clone(), start.clone()
+        rest = unit - self._product(x)
+        best_norms = rest.norm(dim=0)
+        z = self._factor.solve(rest)
+        direction, rz = z, (rest * z).sum(0)
+        for step in range(1, _MAX_CG_STEPS + 1):
+            image = self._product(direction)
+            alpha = _ratio(rz, (direction * image).sum(0))
+            x = x + alpha * direction
+            # the true residual: the recurrence drifts away from it exactly where the system is hard
+            new_rest = unit - self._product(x) if step % 8 == 0 else rest - alpha * image
+            norms = new_rest.norm(dim=0)
+            better = norms < best_norms
+            best, best_norms = torch.where(better, x, best), torch.where(better, norms, best_norms)
+            if float(best_norms.max()) <= 0.5 * self.tolerance:
+                break
+            new_z = self._factor.solve(new_rest)
+            beta = _ratio((new_z * (new_rest - rest)).sum(0), rz)
+            direction = new_z + beta * direction
+            rest, rz = new_rest, (new_rest * new_z).sum(0)
+        return best, step
+
+    def _not_reached(self, unit: Tensor, x: Tensor, worst: float) -> str:
+        norm = float(torch.linalg.vector_norm(self.second_moment))
+        size = float(x.norm(dim=0).max()) if x.numel() else 0.0
+        floor = torch.finfo(torch.float64).eps * norm * size
+        return (
+            f"solve reached the residual {worst:.1e}, above the tolerance {self.tolerance:.1e}"
+            f" (float64 rounding alone allows about {floor:.0e} here);"
+            " collect more tokens, add ridge=, or accept a larger tolerance="
+        )
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator, 0 for columns that are done."""
+    return torch.where(denominator != 0, numerator / torch.where(denominator != 0, denominator, 1.0), 0.0)
+
+
+def _fixed_ridge(ridge: float | str | None) -> float:
+    if ridge is None:
+        return 0.0
+    if isinstance(ridge, str) or not math.isfinite(ridge) or ridge < 0:
+        raise HparamError(f"SpdSolver: ridge must be a number >= 0, 'auto' or None, got {ridge!r}")
+    return float(ridge)
+
+
+def _checked(matrix: Tensor, precision: str, tolerance: float) -> Tensor:
+    """C itself, or its symmetric part where rounding made it unsymmetric."""
+    if precision not in PRECISIONS:
+        raise HparamError(f"SpdSolver: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if not tolerance > 0:
+        raise HparamError(f"SpdSolver: tolerance must be positive, got {tolerance}")
+    square = matrix.dim() == 2 and matrix.shape[0] == matrix.shape[1] and matrix.shape[0] > 0
+    if not square or matrix.dtype not in _ASYMMETRY:
+        raise HparamError(
+            f"SpdSolver: second moment must be (M, M) float32|float64, got {tuple(matrix.shape)} {matrix.dtype}"
+        )
+    matrix = matrix.detach()
+    largest, difference = 0.0, 0.0
+    for start in range(0, matrix.shape[0], _TILE_ROWS):
+        rows, columns = matrix[start : start + _TILE_ROWS], matrix[:, start : start + _TILE_ROWS]
+        finite = torch.isfinite(rows).all(dim=1)
+        if not bool(finite.all()):
+            row = start + int((~finite).nonzero()[0])
+            raise NonFiniteError(f"SpdSolver: second moment holds a NaN or infinity in row {row}")
+        largest = max(largest, float(rows.abs().max()))
+        difference = max(difference, float((rows - columns.T).abs().max()))
+    if difference > _ASYMMETRY[matrix.dtype] * largest:
+        raise HparamError(
+            f"SpdSolver: second moment is not symmetric, |C - Cᵀ| reaches {difference:.2e} with entries up to"
+            f" {largest:.2e}; pass a full symmetric matrix, not one triangle"
+        )
+    return matrix if difference == 0.0 else (matrix + matrix.T) / 2
+
+
+def _singular(M: int, pivot: int, token_count: int | None, ridge: float, auto: bool) -> str:
+    tokens = "an unknown number of tokens" if token_count is None else f"{token_count} tokens"
+    tried = f" even with ridge {ridge:g}" if ridge else ""
+    remedy = "check how C was made" if auto else "collect more tokens or pass ridge= (ridge='auto' finds the smallest)"
+    return f"second moment of width {M} from {tokens} is singular or indefinite at pivot {pivot}{tried}; {remedy}"
