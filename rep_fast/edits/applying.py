@@ -1,0 +1,183 @@
+"""Putting edits into a model and taking them out again, in any order, without a trace.
+
+The ledger is `lm.active_edits`: the handles of all active edits in the order they were applied. After each change the
+modules it touches are rebuilt from the ledger and the clean weight, so what a module holds depends on the active edits
+alone and not on what was applied and undone before.
+
+hook: W k̂ + b + Δ k̂ with the low-rank term in float32 (float64 for float64 models), whatever the weight's dtype.
+merge: Δ is added into the weight; a clean copy is kept while any merged edit is active. Adapters always run by hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rep_fast.edits.delta import LowRank
+from rep_fast.edits.key_adapter import KeyAdapter, adapted
+from rep_fast.errors import FingerprintError, HparamError, LayerError
+
+if TYPE_CHECKING:
+    from rep_fast.edits.edit import Edit, ModuleEdit
+    from rep_fast.models import EditableLM
+
+Mode = Literal["hook", "merge"]
+MODES = ("hook", "merge")
+
+
+class AppliedEdit:
+    """An edit that is active in a model; `undo()` or leaving the `with` block takes it out."""
+
+    def __init__(self, lm: EditableLM, edit: Edit, mode: Mode, modules: dict[int, PatchedModule]) -> None:
+        self.edit = edit
+        self.mode = mode
+        self._lm = lm
+        self._modules = modules  # shared by all handles of this model; gone with the last of them
+
+    @property
+    def is_active(self) -> bool:
+        return any(handle is self for handle in self._lm.active_edits)
+
+    def undo(self) -> None:
+        """Take the edit out; the others stay. Does nothing when it is out already."""
+        if not self.is_active:
+            return
+        self._lm.active_edits[:] = [handle for handle in self._lm.active_edits if handle is not self]
+        _rebuild(self._lm, self._modules, [module.layer for module in self.edit.modules])
+
+    def __enter__(self) -> AppliedEdit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+
+def apply_edit(lm: EditableLM, edit: Edit, mode: Mode) -> AppliedEdit:
+    """Make `edit` active on top of those that are.
+
+    Raises:
+        HparamError: unknown mode.
+        FingerprintError: the edit was made for another model.
+        LayerError: a module of the edit does not fit the model, or its weight cannot be merged into.
+    """
+    if mode not in MODES:
+        raise HparamError(f"mode {mode!r} is unknown; use 'hook' or 'merge'")
+    check_fits(lm, edit)
+    modules: dict[int, PatchedModule] = lm.active_edits[0]._modules if lm.active_edits else {}
+    handle = AppliedEdit(lm, edit, mode, modules)
+    lm.active_edits.append(handle)
+    try:
+        _rebuild(lm, modules, [module.layer for module in edit.modules])
+    except BaseException:
+        handle.undo()
+        raise
+    return handle
+
+
+def check_fits(lm: EditableLM, edit: Edit) -> None:
+    """Refuse an edit of another model.
+
+    Raises:
+        FingerprintError, LayerError: as `apply_edit`.
+    """
+    if edit.fingerprint != lm.fingerprint:
+        raise FingerprintError(
+            f"this edit was made for {edit.model_name or 'a model'} ({edit.fingerprint[:12]}…), the model here is "
+            f"{lm.name} ({lm.fingerprint[:12]}…); make the edit again for this model"
+        )
+    for module in edit.modules:
+        lm.check_layer(module.layer)
+        shape = (lm.hidden_size, lm.key_width(module.layer))
+        if module.delta is not None and module.delta.shape != shape:
+            raise LayerError(f"the delta of layer {module.layer} is {module.delta.shape}, the weight there is {shape}")
+        for adapter in module.adapters:
+            if adapter.width != shape[1]:
+                raise LayerError(f"an adapter of layer {module.layer} takes keys of {adapter.width}, not {shape[1]}")
+
+
+class PatchedModule:
+    """One down-projection with everything the active edits put around and into it."""
+
+    def __init__(self, lm: EditableLM, layer: int) -> None:
+        self._layer = layer
+        self._module: nn.Module = lm.down_proj(layer)
+        self._weight = lm.down_weight(layer)  # [D, M] view of the stored weight, also where that is transposed
+        self._clean: Tensor | None = None
+        self._adapters: list[KeyAdapter] = []
+        self._delta: LowRank | None = None
+        self._before: Any = None
+        self._after: Any = None
+
+    def hold(self, adapters: Sequence[KeyAdapter], added: Sequence[LowRank], merged: Sequence[LowRank]) -> None:
+        """Carry exactly these adapters, deltas by hook, and deltas in the weight; with none of them, be untouched."""
+        device, dtype = self._weight.device, _arithmetic(self._weight)
+        self._merge(merged)
+        self._adapters = [adapter.to(device=device, dtype=dtype) for adapter in adapters]
+        self._delta = LowRank.concat([delta.to(device=device, dtype=dtype) for delta in added]) if added else None
+        # a hook that stays is not made anew: it keeps its place among other people's hooks
+        if self._adapters and self._before is None:
+            self._before = self._module.register_forward_pre_hook(self._adapt)
+        if self._delta is not None and self._after is None:
+            self._after = self._module.register_forward_hook(self._add)
+        if not self._adapters and self._before is not None:
+            self._before = self._before.remove()
+        if self._delta is None and self._after is not None:
+            self._after = self._after.remove()
+
+    def _adapt(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (adapted(args[0], self._adapters), *args[1:])
+
+    def _add(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        assert self._delta is not None
+        added = self._delta.on_rows(args[0])
+        return (output.to(added.dtype) + added).to(output.dtype)
+
+    @torch.no_grad()
+    def _merge(self, deltas: Sequence[LowRank]) -> None:
+        if not deltas and self._clean is None:
+            return
+        if not self._weight.is_floating_point():
+            raise LayerError(
+                f"the weight of layer {self._layer} is stored as {self._weight.dtype} and takes no merged edit; "
+                "use mode='hook'"
+            )
+        if self._clean is None:
+            self._clean = self._weight.detach().clone()
+        if not deltas:
+            self._weight.detach().copy_(self._clean)
+            self._clean = None
+            return
+        dtype = _arithmetic(self._weight)
+        total = self._clean.to(dtype)
+        for delta in deltas:
+            total = total + delta.to(device=total.device, dtype=dtype).to_dense()
+        self._weight.detach().copy_(total)  # in place: the parameter object and tied references stay
+
+
+def _arithmetic(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _rebuild(lm: EditableLM, modules: dict[int, PatchedModule], layers: Sequence[int]) -> None:
+    for layer in dict.fromkeys(layers):
+        parts: list[tuple[Mode, ModuleEdit]] = [
+            (handle.mode, module)
+            for handle in lm.active_edits
+            for module in handle.edit.modules
+            if module.layer == layer
+        ]
+        if layer not in modules:
+            modules[layer] = PatchedModule(lm, layer)
+        modules[layer].hold(
+            adapters=[adapter for _, module in parts for adapter in module.adapters],
+            added=[module.delta for mode, module in parts if mode == "hook" and module.delta is not None],
+            merged=[module.delta for mode, module in parts if mode == "merge" and module.delta is not None],
+        )
+        if not parts:
+            del modules[layer]
