@@ -1,0 +1,96 @@
+"""A right-padded batch of token rows that carries its lengths.
+
+Lengths are data, never derived from `ids != pad`: with pad = eos a genuine end-of-text token would be dropped
+(methods §2.4 items 5 and 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rep_fast.errors import TokenizationError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token rows of different length, padded on the right.
+
+    input_ids: [n, T] int64, T the longest row. lengths: [n] int64, each in 1..T, same device.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[int]], *, pad_id: int = 0, device: torch.device | None = None) -> Batch:
+        """Pad rows of ids.
+
+        Raises:
+            TokenizationError: no rows, or a row without tokens.
+        """
+        if not rows:
+            raise TokenizationError("a batch needs at least one text, got none")
+        for number, row in enumerate(rows):
+            if not len(row):
+                raise TokenizationError(f"row {number} of the batch has no tokens; give a text that is not empty")
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
+        return cls(ids, lengths)
+
+    @property
+    def n_rows(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens, pads not counted."""
+        return int(self.lengths.sum())
+
+    @property
+    def is_real(self) -> Tensor:
+        """[n, T] bool, False at pads."""
+        positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        return positions < self.lengths[:, None]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[n, T] int64, 0 at pads."""
+        return self.is_real.long()
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[n, T] int64: 0, 1, 2 … in every row; right padding leaves real tokens at their own positions."""
+        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
+
+    @property
+    def last_positions(self) -> Tensor:
+        """[n] int64: position of each row's last real token."""
+        return self.lengths - 1
+
+    def rows(self) -> list[list[int]]:
+        """The ids of each row without pads."""
+        return [row[:length] for row, length in zip(self.input_ids.tolist(), self.lengths.tolist(), strict=True)]
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """The given rows in the given order, cut to the longest of them."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.input_ids.device)
+        lengths = self.lengths[index]
+        return Batch(self.input_ids[index, : int(lengths.max())], lengths)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.input_ids.to(device), self.lengths.to(device))
+
+    def chunks(self, max_tokens: int) -> Iterator[list[int]]:
+        """Row numbers in groups of similar length whose padded size stays within `max_tokens` (one row at least)."""
+        lengths = self.lengths.tolist()
+        order = sorted(range(self.n_rows), key=lambda row: (-lengths[row], row))
+        begin = 0
+        while begin < len(order):
+            per_chunk = max(1, max_tokens // lengths[order[begin]])
+            yield order[begin : begin + per_chunk]
+            begin += per_chunk

@@ -1,0 +1,187 @@
+"""Forward passes that start in the middle: layers above l, tokens from each row's lookup position on.
+
+Everything below layer l, and every token before the lookup position, is constant while a value at (l, position) is
+optimised (methods §3, "cheap exactness"). One forward without gradients keeps the residual stream leaving l from the
+lookup position on and the attention keys and values of the tokens before it; each step then runs only the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from rep_fast.errors import LayerError, PromptError
+from rep_fast.models.batch import Batch
+from rep_fast.models.families import BlockInputs, attention_window
+from rep_fast.models.hooks import first_tensor
+from rep_fast.models.sites import Site
+
+if TYPE_CHECKING:
+    from rep_fast.models.editable_lm import EditableLM
+
+
+@dataclass(frozen=True)
+class SuffixState:
+    """What `resume` needs, all of it without gradient.
+
+    layer: l. starts, lengths: [n] int64. hidden: [n, S, D] residual stream leaving l for tokens starts[j] …, zero where
+    a row has fewer than S = max(lengths − starts) of them. value0: [n, D] MLP output of layer l at token starts[j].
+    """
+
+    layer: int
+    starts: Tensor
+    lengths: Tensor
+    hidden: Tensor
+    value0: Tensor
+    inputs: tuple[BlockInputs, ...] = field(repr=False)
+
+    @property
+    def n_rows(self) -> int:
+        return self.hidden.shape[0]
+
+
+class PrefixCache:
+    """Attention keys and values of the tokens before the suffix; `update` joins, and never grows."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys = keys
+        self.values = values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """[n, heads, P + S, d] for suffix keys and values [n, heads, S, d]."""
+        if self.keys.shape[-2] == 0:
+            return keys, values
+        return torch.cat([self.keys, keys], dim=-2), torch.cat([self.values, values], dim=-2)
+
+
+def suffix_state(lm: EditableLM, batch: Batch, layer: int, starts: Sequence[int] | Tensor) -> SuffixState:
+    """Run the whole batch once without gradient and keep what a resumed forward needs."""
+    layer = lm.check_layer(layer)
+    batch = batch.to(lm.device)
+    starts = _checked_starts(batch, starts)
+    residual, value = Site("hidden", layer), Site("value", layer)
+    cache = DynamicCache()  # without config: sliding layers too keep every token, the mask below hides the far ones
+    with torch.no_grad(), lm.capture([residual, value]) as seen:
+        lm.run_base(batch, cache=cache)
+        width = int((batch.lengths - starts).max())
+        position_ids = starts[:, None] + torch.arange(width, device=starts.device)
+        is_real = position_ids < batch.lengths[:, None]
+        position_ids = position_ids.clamp(max=batch.input_ids.shape[1] - 1)
+        full = seen[residual]
+        rows = torch.arange(batch.n_rows, device=full.device)[:, None]
+        hidden = full[rows, position_ids.to(full.device)] * is_real[..., None].to(full)
+        value0 = seen.at(value, starts)
+        inputs = _block_inputs(lm, layer, cache, starts, position_ids, hidden)
+    return SuffixState(layer, starts, batch.lengths, hidden, value0, inputs)
+
+
+def resume(lm: EditableLM, state: SuffixState, hidden: Tensor, *, at: Sequence[Sequence[int]]) -> Tensor:
+    """Logits [Σ, V] at absolute positions `at[j]` of each row, from `hidden` [n, S, D] leaving `state.layer`.
+
+    Differentiable in `hidden`. The model's own weights are held fixed for the pass, so that `backward` never fills
+    their `.grad`. Blocks are called as modules: edits' hooks in layers above `state.layer` act, those at or below it
+    are part of the state already.
+    """
+    if hidden.shape != state.hidden.shape:
+        raise LayerError(f"hidden has shape {tuple(hidden.shape)}, the state needs {tuple(state.hidden.shape)}")
+    rows, columns = _suffix_index(state, at)
+    blocks = lm.blocks[state.layer + 1 :]
+    run = lm.layout.run_block
+    with _weights_fixed(lm.model):
+        for block, inputs in zip(blocks, state.inputs, strict=True):
+            hidden = first_tensor(run(block, hidden, inputs))
+        return lm.head(lm.final_norm(hidden[rows, columns]))
+
+
+def _checked_starts(batch: Batch, starts: Sequence[int] | Tensor) -> Tensor:
+    checked = torch.as_tensor(starts, dtype=torch.int64).to(batch.lengths.device)
+    if checked.shape != batch.lengths.shape:
+        raise PromptError(f"{checked.numel()} starts were given for {batch.n_rows} rows; give one per row")
+    outside = ((checked < 0) | (checked >= batch.lengths)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise PromptError(f"start {int(checked[row])} of row {row} lies outside its {int(batch.lengths[row])} tokens")
+    return checked
+
+
+def _block_inputs(
+    lm: EditableLM, layer: int, cache: DynamicCache, starts: Tensor, position_ids: Tensor, hidden: Tensor
+) -> tuple[BlockInputs, ...]:
+    n_prefix = int(starts.max())
+    rotary = lm.rotary(hidden, position_ids)
+    masks: dict[int | None, Tensor] = {}
+    inputs = []
+    for upper in range(layer + 1, lm.n_layers):
+        window = attention_window(lm.config, upper)
+        if window not in masks:
+            visible = _visible(starts, position_ids.shape[1], n_prefix, window)
+            masks[window] = _mask_for(lm, visible, hidden.dtype)
+        stored: Any = cache.layers[upper]
+        past = PrefixCache(stored.keys[:, :, :n_prefix].clone(), stored.values[:, :, :n_prefix].clone())
+        inputs.append(BlockInputs(masks[window], position_ids, rotary, past))
+    return tuple(inputs)
+
+
+def _visible(starts: Tensor, n_suffix: int, n_prefix: int, window: int | None) -> Tensor:
+    """[n, 1, S, P + S] bool: which prefix slots (padded to P) and suffix slots each suffix token attends to.
+
+    Suffix pads come after every real token of their row, so causality alone hides them.
+    """
+    device = starts.device
+    suffix = torch.arange(n_suffix, device=device)
+    prefix = torch.arange(n_prefix, device=device)
+    queries = starts[:, None, None] + suffix[:, None]  # absolute positions [n, S, 1]
+    past = (prefix < starts[:, None, None]).expand(-1, n_suffix, -1)  # [n, S, P]
+    own = (suffix <= suffix[:, None]).expand(len(starts), -1, -1)  # [n, S, S]
+    if window is not None:
+        past = past & (queries - prefix < window)
+        own = own & (suffix[:, None] - suffix < window)
+    return torch.cat([past, own], dim=-1)[:, None]
+
+
+def _mask_for(lm: EditableLM, visible: Tensor, dtype: torch.dtype) -> Tensor:
+    implementation = lm.config._attn_implementation
+    if implementation == "sdpa":
+        return visible
+    if implementation == "eager":
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+            ~visible, torch.finfo(dtype).min
+        )
+    raise LayerError(
+        f"a resumed forward needs an explicit mask, which attention {implementation!r} does not take; "
+        f"call model.set_attn_implementation('sdpa')"
+    )
+
+
+def _suffix_index(state: SuffixState, at: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    starts, lengths = state.starts.tolist(), state.lengths.tolist()
+    if len(at) != len(starts):
+        raise PromptError(f"positions were given for {len(at)} rows, the state has {len(starts)}")
+    rows, columns = [], []
+    for row, (positions, start, length) in enumerate(zip(at, starts, lengths, strict=True)):
+        for position in positions:
+            if not start <= position < length:
+                raise PromptError(f"position {position} of row {row} lies outside its suffix {start}..{length - 1}")
+            rows.append(row)
+            columns.append(position - start)
+    device = state.hidden.device
+    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+
+
+@contextmanager
+def _weights_fixed(model: nn.Module) -> Iterator[None]:
+    """No parameter that wants a gradient gets one from graphs built inside."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
