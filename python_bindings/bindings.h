@@ -7,6 +7,11 @@
 
 namespace rep_fast::python {
 
+void bind_packed_scores(pybind11::module_& m);
+void bind_gated_adapter(pybind11::module_& m);
+void bind_accumulate_moment(pybind11::module_& m);
+void bind_whitened_topk(pybind11::module_& m);
+
 // Tells rep_fast.backend() which levels of an op have a body of their own.
 template <class Kernels>
 void register_bodies(pybind11::module_& m, const char* op, const DispatchTable<Kernels>& table) {
@@ -14,7 +19,7 @@ void register_bodies(pybind11::module_& m, const char* op, const DispatchTable<K
     for (const auto& body : table) {
         levels.append(static_cast<int>(body.level));
     }
-    m.attr("_body_levels")[op] = levels;
+    m.attr("body_levels")[op] = levels;
 }
 
 }  // namespace rep_fast::python

@@ -11,7 +11,7 @@ PYBIND11_MODULE(_C, m) {
     using rep_fast::CpuLevel;
     m.doc() = "Native kernels of rep_fast; call them through rep_fast.ops, which checks the arguments.";
 
-    py::register_exception_translator([](std::exception_ptr thrown) {
+    py::register_local_exception_translator([](std::exception_ptr thrown) {
         try {
             std::rethrow_exception(thrown);
         } catch (const rep_fast::Error& error) {
@@ -28,6 +28,9 @@ PYBIND11_MODULE(_C, m) {
     });
 
     // op → for every level the level whose body runs there
-    m.attr("_body_levels") = py::dict();
-    m.def("body_levels", [m] { return m.attr("_body_levels"); });
+    m.attr("body_levels") = py::dict();
+    rep_fast::python::bind_packed_scores(m);
+    rep_fast::python::bind_gated_adapter(m);
+    rep_fast::python::bind_accumulate_moment(m);
+    rep_fast::python::bind_whitened_topk(m);
 }

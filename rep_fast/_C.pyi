@@ -1,6 +1,29 @@
 """Names of the native module; tensors are torch.Tensor on the CPU, levels are rows of the dispatch tables."""
 
+from torch import Tensor
+
 def machine_level() -> int: ...
 def resolve_level(cap: str) -> int: ...
 def level_name(level: int) -> str: ...
-def body_levels() -> dict[str, list[int]]: ...
+
+body_levels: dict[str, list[int]]
+
+def whitened_topk(
+    *,
+    keys: Tensor,
+    queries: Tensor,
+    scores: Tensor,
+    ids: Tensor,
+    query_dropped: Tensor,
+    first_id: int,
+    token_ids: Tensor | None,
+    sequence_starts: Tensor | None,
+    last_tokens: Tensor | None,
+    lookback: Tensor | None,
+    window: int,
+    indptr: Tensor | None,
+    subjects: Tensor | None,
+    is_float64: bool,
+    level: int,
+    n_threads: int,
+) -> tuple[int, int, int]: ...

@@ -12,14 +12,18 @@ from rep_fast.ops.kbest_paths import kbest_paths
 from rep_fast.ops.packed_scores import PackedScores, packed_scores
 from rep_fast.ops.profile import Call, profile
 from rep_fast.ops.spd_solver import SolverReport, SpdSolver
+from rep_fast.ops.whitened_topk import LastTokenExclusion, PairExclusion, TopK, whitened_topk
 
 __all__ = [
     "AdapterWeights",
     "Call",
+    "LastTokenExclusion",
     "MomentSum",
     "PackedScores",
+    "PairExclusion",
     "SolverReport",
     "SpdSolver",
+    "TopK",
     "accumulate_moment",
     "backend",
     "gate_logits",
@@ -27,4 +31,5 @@ __all__ = [
     "kbest_paths",
     "packed_scores",
     "profile",
+    "whitened_topk",
 ]

@@ -33,7 +33,7 @@ def choose(op: str, device: torch.device | None = None) -> Backend:
         return Backend("reference", found.reason)
     if device is not None and device.type != "cpu":
         return Backend("reference", f"there is no native body for {device.type} tensors")
-    bodies = found.module.body_levels()
+    bodies = found.module.body_levels
     if op not in bodies:
         return Backend("reference", "this op is plain torch and has no native body")
     allowed = native.level(found.module)

@@ -1,0 +1,61 @@
+#include "cpu/whitened_topk.h"
+
+#include "bindings.h"
+#include "tensor_arg.h"
+
+namespace rep_fast::python {
+namespace {
+
+KeyMatrix key_matrix(const TensorArg& keys) {
+    switch (keys.dtype()) {
+        case DType::kFloat32:
+            return keys.matrix<const float>();
+        case DType::kBFloat16:
+            return keys.matrix<const BFloat16>();
+        case DType::kFloat16:
+            return keys.matrix<const Float16>();
+        default:
+            throw Error(std::string("keys must be bfloat16, float16 or float32, got ") + dtype_name(keys.dtype()));
+    }
+}
+
+// Updates scores, ids and query_dropped; returns (non-finite keys, first of them or −1, pairs scored in float64).
+py::tuple scan(const py::object& keys, const py::object& queries, const py::object& scores, const py::object& ids,
+               const py::object& query_dropped, std::int64_t first_id, const py::object& token_ids,
+               const py::object& sequence_starts, const py::object& last_tokens, const py::object& lookback,
+               std::int64_t window, const py::object& indptr, const py::object& subjects, bool is_float64, int level,
+               int n_threads) {
+    const ScanInput input = {
+        .keys = key_matrix(TensorArg(keys, "keys")),
+        .queries = TensorArg(queries, "queries").matrix<const float>(),
+        .first_id = first_id,
+        .last_token = {.token_ids = optional_vector<const std::int64_t>(token_ids, "token_ids"),
+                       .sequence_starts = optional_vector<const std::int64_t>(sequence_starts, "sequence_starts"),
+                       .last_tokens = optional_vector<const std::int64_t>(last_tokens, "last_tokens"),
+                       .lookback = optional_vector<const std::int64_t>(lookback, "lookback"),
+                       .window = window},
+        .pairs = {.indptr = optional_vector<const std::int64_t>(indptr, "indptr"),
+                  .subjects = optional_vector<const std::int64_t>(subjects, "subjects")},
+        .precision = is_float64 ? ScanPrecision::kFloat64 : ScanPrecision::kFloat32};
+    const ScanState state = {.scores = TensorArg(scores, "scores").matrix<double>(),
+                             .ids = TensorArg(ids, "ids").matrix<std::int64_t>(),
+                             .query_dropped = TensorArg(query_dropped, "query_dropped").vector<bool>()};
+    ScanReport report;
+    {
+        const py::gil_scoped_release unlocked;
+        report = whitened_topk(input, state, static_cast<CpuLevel>(level), n_threads);
+    }
+    return py::make_tuple(report.n_nonfinite_keys, report.first_nonfinite_key, report.n_rescored);
+}
+
+}  // namespace
+
+void bind_whitened_topk(py::module_& m) {
+    register_bodies(m, "whitened_topk", whitened_topk_table());
+    m.def("whitened_topk", &scan, py::kw_only(), py::arg("keys"), py::arg("queries"), py::arg("scores"), py::arg("ids"),
+          py::arg("query_dropped"), py::arg("first_id"), py::arg("token_ids"), py::arg("sequence_starts"),
+          py::arg("last_tokens"), py::arg("lookback"), py::arg("window"), py::arg("indptr"), py::arg("subjects"),
+          py::arg("is_float64"), py::arg("level"), py::arg("n_threads"));
+}
+
+}  // namespace rep_fast::python
