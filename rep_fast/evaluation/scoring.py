@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rep_fast.errors import PromptError
 from rep_fast.models import Answer, Batch, EditableLM
 
 
@@ -93,11 +92,12 @@ def plan_scoring(
     """Tokenise questions and pack them into batches of at most `token_budget` tokens (a longer row stands alone).
 
     Raises:
-        PromptError: a row is longer than the model's context.
+        TokenizationError: a text is longer than the model's table of positions.
     """
     answers = [lm.answer(q.prompt, q.target, mode=target_tok) for q in questions]
     rows = _shared_rows([tuple(a.input_ids) for a in answers], [q.subject_position for q in questions])
-    _check_context(lm, rows, questions)
+    for row in rows:
+        lm.check_length(len(row.ids))
     batches = [_plan_batch(lm, group, answers) for group in _groups_by_length(rows, token_budget)]
     return ScoringPlan(tuple(batches), len(questions))
 
@@ -155,19 +155,6 @@ def _shared_rows(inputs: Sequence[tuple[int, ...]], subject_positions: Sequence[
 
 def _or_minus_one(position: int | None) -> int:
     return -1 if position is None else position
-
-
-def _check_context(lm: EditableLM, rows: Sequence[_Row], questions: Sequence[Question]) -> None:
-    limit = getattr(lm.model.config, "max_position_embeddings", None)
-    if limit is None:
-        return
-    for row in rows:
-        if len(row.ids) > limit:
-            prompt = questions[row.askers[0]].prompt
-            raise PromptError(
-                f"prompt {prompt[:40]!r}… has {len(row.ids)} tokens with its target, the model's context is {limit}; "
-                "use shorter long contexts (n_words)"
-            )
 
 
 def _groups_by_length(rows: Sequence[_Row], token_budget: int) -> list[list[_Row]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -49,8 +49,8 @@ class Protocol:
     n_words: int = 300
     long_in: int = 5
     long_out: int = 5
-    shuffle_join: str = "decode"
-    mode: str = "hook"
+    shuffle_join: Literal["decode", "raw"] = "decode"
+    mode: Literal["hook", "merge"] = "hook"
 
 
 def evaluate_single(
@@ -207,7 +207,7 @@ def perturb_case(
         n_words=protocol.n_words,
         n_long_in=protocol.long_in,
         n_long_out=protocol.long_out,
-        join=protocol.shuffle_join,  # type: ignore[arg-type]  # checked by `perturb`
+        join=protocol.shuffle_join,
         token_strings=lm.tokenizer.convert_ids_to_tokens,
     )
 

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rep_fast.evaluation import MAIN_METRICS, CaseRecord, PromptScore, Summary
+
+
+def record(seed: int, case_id: int, hit: bool, *, column: str = "rome", seconds: float = 1.0) -> CaseRecord:
+    score = PromptScore((hit,), 0.5)
+    scores = {group: {"new": (score,)} for group in MAIN_METRICS if group != "locality"}
+    scores["locality"] = {"kept": (PromptScore((hit,), 0.5, agreement=1.0),)}
+    return CaseRecord(seed, case_id, column, scores, {"edit": seconds})
+
+
+@pytest.fixture
+def summary() -> Summary:
+    hits = {0: (1, 1, 1, 0), 1: (1, 1, 0, 0), 2: (0, 1, 0, 0)}
+    records = [record(s, c, bool(hit), seconds=c + 1.0) for s, own in hits.items() for c, hit in enumerate(own)]
+    records.append(CaseRecord(0, 9, "rome", failure="no target"))
+    records += [record(0, 0, True, column="rome+rep")]
+    return Summary.of(records, settings={"model": "tiny"})
+
+
+def test_mean_and_spread_over_seeds(summary):
+    cell = summary["rome"]["success"]
+    assert cell.mean == pytest.approx(50.0)
+    assert cell.std == pytest.approx(np.std([75.0, 50.0, 25.0]))
+    assert (cell.n, cell.protocol) == (12, "REP")
+
+
+def test_one_seed_has_no_spread(summary):
+    assert summary["rome+rep"]["success"].std == 0.0
+
+
+def test_median_and_90th_percentile_of_times(summary):
+    spread = summary.seconds["rome"]["edit"]
+    assert spread.median == 2.5
+    assert spread.p90 == pytest.approx(np.quantile([1.0, 2.0, 3.0, 4.0] * 3, 0.9))
+
+
+def test_json_round_trip_and_names(summary):
+    data = json.loads(summary.to_json())
+    assert set(MAIN_METRICS) <= set(data["columns"]["rome"])
+    assert set(data["columns"]["rome"]["success"]) == {"mean", "std", "n", "protocol"}
+    assert Summary.from_dict(data).to_dict() == summary.to_dict()
+
+
+def test_csv_has_a_line_per_number(summary):
+    rows = list(csv.DictReader(io.StringIO(summary.to_csv())))
+    assert list(rows[0]) == ["column", "metric", "protocol", "mean", "std", "n"]
+    assert len(rows) == sum(len(cells) for cells in summary.cells.values())
+    own = next(row for row in rows if row["column"] == "rome" and row["metric"] == "rephrase_ood")
+    assert float(own["mean"]) == summary["rome"]["rephrase_ood"].mean
+
+
+def test_table_shows_protocol_numbers_and_failures(summary):
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(summary.table())
+    text = console.export_text()
+    assert "50.0 ± 20.4" in text
+    assert "REP" in text
+    assert "cases not edited" in text
+    assert "rewrite_tm" not in text
+    console.print(summary.table(metrics=None))
+    assert "rewrite_tm" in console.export_text()
+
+
+def test_column_without_a_metric_shows_a_dash(summary):
+    cells = {**summary.cells, "ceiling": {}}
+    table = Summary(cells, {**summary.seconds, "ceiling": {}}, {}).table()
+    assert "–" in list(table.columns[-1].cells)
