@@ -10,7 +10,7 @@ merge: Δ is added into the weight; a clean copy is kept while any merged edit i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,9 +105,11 @@ class PatchedModule:
     """One down-projection with everything the active edits put around and into it."""
 
     def __init__(self, lm: EditableLM, layer: int) -> None:
-        self._layer = layer
         self._module: nn.Module = lm.down_proj(layer)
-        self._weight = lm.down_weight(layer)  # [D, M] view of the stored weight, also where that is transposed
+        stored = next(self._module.parameters())
+        self._device = stored.device
+        self._dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        self._weight_view: Callable[[], Tensor] = lambda: lm.down_weight(layer)
         self._clean: Tensor | None = None
         self._adapters: list[KeyAdapter] = []
         self._delta: LowRank | None = None
@@ -116,7 +118,7 @@ class PatchedModule:
 
     def hold(self, adapters: Sequence[KeyAdapter], added: Sequence[LowRank], merged: Sequence[LowRank]) -> None:
         """Carry exactly these adapters, deltas by hook, and deltas in the weight; with none of them, be untouched."""
-        device, dtype = self._weight.device, _arithmetic(self._weight)
+        device, dtype = self._device, self._dtype
         self._merge(merged)
         self._adapters = [adapter.to(device=device, dtype=dtype) for adapter in adapters]
         self._delta = LowRank.concat([delta.to(device=device, dtype=dtype) for delta in added]) if added else None
@@ -142,26 +144,18 @@ class PatchedModule:
     def _merge(self, deltas: Sequence[LowRank]) -> None:
         if not deltas and self._clean is None:
             return
-        if not self._weight.is_floating_point():
-            raise LayerError(
-                f"the weight of layer {self._layer} is stored as {self._weight.dtype} and takes no merged edit; "
-                "use mode='hook'"
-            )
+        # [D, M] view of the stored weight, also where that is transposed; a quantised weight has none and says so
+        weight = self._weight_view().detach()
         if self._clean is None:
-            self._clean = self._weight.detach().clone()
+            self._clean = weight.clone()
         if not deltas:
-            self._weight.detach().copy_(self._clean)
+            weight.copy_(self._clean)
             self._clean = None
             return
-        dtype = _arithmetic(self._weight)
-        total = self._clean.to(dtype)
+        total = self._clean.to(self._dtype)
         for delta in deltas:
-            total = total + delta.to(device=total.device, dtype=dtype).to_dense()
-        self._weight.detach().copy_(total)  # in place: the parameter object and tied references stay
-
-
-def _arithmetic(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+            total = total + delta.to(device=self._device, dtype=self._dtype).to_dense()
+        weight.copy_(total)  # in place: the parameter object and tied references stay
 
 
 def _rebuild(lm: EditableLM, modules: dict[int, PatchedModule], layers: Sequence[int]) -> None:
