@@ -131,7 +131,7 @@ class Edit:
         Raises:
             OutputError: the file cannot be written, or hparams or notes hold something that JSON does not know.
         """
-        from rep_fast.edits.storage import save_edit  # storage builds Edits, so it imports this module
+        from rep_fast.edits.edit_file import save_edit  # edit_file builds Edits, so it imports this module
 
         save_edit(self, path)
 
@@ -144,6 +144,6 @@ class Edit:
             CorruptFileError: the file is damaged, of another kind, or from a newer rep_fast.
             FingerprintError: the edit belongs to another model than `lm`.
         """
-        from rep_fast.edits.storage import load_edit
+        from rep_fast.edits.edit_file import load_edit
 
         return load_edit(path, lm)

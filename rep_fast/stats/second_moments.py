@@ -225,7 +225,7 @@ class SecondMoments:
         Raises:
             OutputError: the file cannot be written.
         """
-        from rep_fast.stats.storage import save_moments
+        from rep_fast.stats.moment_file import save_moments
 
         save_moments(self, path)
 
@@ -238,7 +238,7 @@ class SecondMoments:
             CorruptFileError: the file is damaged, of another kind, or from a newer rep_fast.
             FingerprintError: they belong to another model than `lm`.
         """
-        from rep_fast.stats.storage import load_moments
+        from rep_fast.stats.moment_file import load_moments
 
         moments = load_moments(path)
         if lm is not None:
