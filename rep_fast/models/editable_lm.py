@@ -229,7 +229,7 @@ class EditableLM(LayeredModel):
             position_ids=batch.position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
-        ).last_hidden_state
+        )[0]
 
     def logits(
         self,

@@ -32,6 +32,7 @@ def generate_ids(
         raise HparamError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     if top_k is not None and top_k < 1:
         raise HparamError(f"top_k is {top_k}; it must be 1 or more, or None for greedy")
+    lm.check_length(len(prompt_ids) + max_new_tokens)
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -51,7 +52,6 @@ def generate_ids(
 
 def _step(lm: EditableLM, fresh: Sequence[int], n_tokens: int, cache: DynamicCache) -> Tensor:
     batch = Batch.from_rows([fresh], device=lm.device)
-    lm.check_length(n_tokens)
     position_ids = torch.arange(n_tokens - len(fresh), n_tokens, device=lm.device)[None]
     attention_mask = torch.ones(1, n_tokens, dtype=torch.int64, device=lm.device)
     return lm.base(
@@ -60,7 +60,7 @@ def _step(lm: EditableLM, fresh: Sequence[int], n_tokens: int, cache: DynamicCac
         position_ids=position_ids,
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
+    )[0]
 
 
 def _choose(logits: Tensor, top_k: int | None, generator: torch.Generator) -> int:

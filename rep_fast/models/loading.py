@@ -35,8 +35,11 @@ def resolve(name_or_path: str | Path) -> str:
         if not any(directory.glob("*.safetensors")):
             raise ModelLoadError(f"the weights of {name!r} are not in {directory}; run `rep-fast factworld train`")
         return str(directory)
-    if Path(name).is_file():
+    path = Path(name)
+    if path.is_file():
         raise ModelLoadError(f"{name} is a file; give the directory that holds config.json and the weights")
+    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2):
+        raise ModelLoadError(f"there is no directory {name}; give a model directory or a hub id like 'owner/model'")
     return name
 
 
@@ -73,6 +76,9 @@ def load_pretrained(
     config = _load(AutoConfig, name, "config.json", "give a model directory or a hub id", **where)
     layout = layout or layout_for(getattr(config, "model_type", None))
     tokenizer = _load(AutoTokenizer, name, "tokenizer", "put tokenizer.json beside the weights", **where)
+    if not set(tokenizer("The model reads text.")["input_ids"]) - set(tokenizer.all_special_ids):
+        # some classes come up with an empty vocabulary when their files are missing
+        raise ModelLoadError(f"the tokenizer of {name!r} has no vocabulary; put tokenizer.json beside the weights")
     model = _load_weights(
         name, dtype=as_dtype(dtype, embedded=name_or_path in EMBEDDED), device_map=device_map, **where
     )
@@ -95,7 +101,12 @@ def _load_weights(name: str, *, dtype: str | torch.dtype, device_map: Any, **opt
         options["device_map"] = device_map
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below by name, instead of by a table on the terminal
+            **options,
         )
     except ImportError as error:
         raise MissingDependencyError(
@@ -109,11 +120,11 @@ def _load_weights(name: str, *, dtype: str | torch.dtype, device_map: Any, **opt
             f"they must be complete safetensors files: fetch or convert them again"
         ) from error
     model, info = loaded
-    absent = sorted(str(key) for key in info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if absent:
+    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
+    if missing or mismatched:
         raise ModelLoadError(
-            f"the weights of {name!r} lack {len(absent)} tensors or have them in another shape, first {absent[0]}; "
-            f"fetch all files of the checkpoint again"
+            f"the weights of {name!r} do not fit its config.json: {len(missing)} tensors missing, {len(mismatched)} of "
+            f"another shape, first {(missing + mismatched)[0]}; fetch all files of the checkpoint again"
         )
     return model
 

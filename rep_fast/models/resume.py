@@ -39,7 +39,9 @@ class SuffixState:
     lengths: Tensor
     hidden: Tensor
     value0: Tensor
-    inputs: tuple[BlockInputs, ...] = field(repr=False)
+    bounds: tuple[tuple[int, int], ...] = field(repr=False)  # (start, length) of each row, known without a device copy
+    inputs: tuple[BlockInputs, ...] = field(repr=False)  # of the layers above l
+    weights: tuple[nn.Parameter, ...] = field(repr=False)  # of the layers above l, final norm and head
 
     @property
     def n_rows(self) -> int:
@@ -78,7 +80,10 @@ def suffix_state(lm: EditableLM, batch: Batch, layer: int, starts: Sequence[int]
         hidden = full[rows, position_ids.to(full.device)] * is_real[..., None].to(full)
         value0 = seen.at(value, starts)
         inputs = _block_inputs(lm, layer, cache, starts, position_ids, hidden)
-    return SuffixState(layer, starts, batch.lengths, hidden, value0, inputs)
+    bounds = tuple(zip(starts.tolist(), batch.lengths.tolist(), strict=True))
+    above = [*lm.blocks[layer + 1 :], lm.final_norm, lm.head]
+    weights = tuple(parameter for module in above for parameter in module.parameters())
+    return SuffixState(layer, starts, batch.lengths, hidden, value0, bounds, inputs, weights)
 
 
 def resume(lm: EditableLM, state: SuffixState, hidden: Tensor, *, at: Sequence[Sequence[int]]) -> Tensor:
@@ -93,10 +98,10 @@ def resume(lm: EditableLM, state: SuffixState, hidden: Tensor, *, at: Sequence[S
     rows, columns = _suffix_index(state, at)
     blocks = lm.blocks[state.layer + 1 :]
     run = lm.layout.run_block
-    with _weights_fixed(lm.model):
+    with _weights_fixed(state.weights):
         for block, inputs in zip(blocks, state.inputs, strict=True):
             hidden = first_tensor(run(block, hidden, inputs))
-        return lm.head(lm.final_norm(hidden[rows, columns]))
+        return lm.head(lm.final_norm(hidden[rows.to(hidden.device), columns.to(hidden.device)]))
 
 
 def _checked_starts(batch: Batch, starts: Sequence[int] | Tensor) -> Tensor:
@@ -160,24 +165,23 @@ def _mask_for(lm: EditableLM, visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _suffix_index(state: SuffixState, at: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    starts, lengths = state.starts.tolist(), state.lengths.tolist()
-    if len(at) != len(starts):
-        raise PromptError(f"positions were given for {len(at)} rows, the state has {len(starts)}")
-    rows, columns = [], []
-    for row, (positions, start, length) in enumerate(zip(at, starts, lengths, strict=True)):
+    if len(at) != len(state.bounds):
+        raise PromptError(f"positions were given for {len(at)} rows, the state has {len(state.bounds)}")
+    rows: list[int] = []
+    columns: list[int] = []
+    for row, (positions, (start, length)) in enumerate(zip(at, state.bounds, strict=True)):
         for position in positions:
             if not start <= position < length:
                 raise PromptError(f"position {position} of row {row} lies outside its suffix {start}..{length - 1}")
             rows.append(row)
             columns.append(position - start)
-    device = state.hidden.device
-    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
 
 
 @contextmanager
-def _weights_fixed(model: nn.Module) -> Iterator[None]:
+def _weights_fixed(weights: Sequence[nn.Parameter]) -> Iterator[None]:
     """No parameter that wants a gradient gets one from graphs built inside."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in weights if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rep_fast.errors import LayerError, PromptError
 from rep_fast.models import Batch, Site
 
 ROWS = [[5, 9, 12, 40, 41, 8, 3], [7, 7, 20], [30, 31, 32, 33, 34], [11]]
@@ -47,3 +48,117 @@ def test_resume_equals_full_forward(family, build_lm, layer, attention):
     (found * weights).sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(delta.grad, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_resume_respects_sliding_windows(build_lm, family):
+    """A window shorter than prefix and suffix; Qwen slides in its upper layers only."""
+    window = {"sliding_window": 3} | (
+        {} if family == "mistral" else {"use_sliding_window": True, "max_window_layers": 2}
+    )
+    lm = build_lm(family, dtype=torch.float64, **window)
+    wide = build_lm(family, dtype=torch.float64, sliding_window=None)
+    batch = Batch.from_rows(ROWS)
+    delta = torch.ones(batch.n_rows, lm.hidden_size, dtype=torch.float64)
+    expected = full_logits(lm, batch, 0, delta, AT)
+    assert (expected - full_logits(wide, batch, 0, delta, AT)).abs().max() > 1e-3
+    state = lm.suffix_state(batch, 0, STARTS)
+    torch.testing.assert_close(lm.resume(state, moved(state, delta), at=AT), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_state_holds_suffix_of_every_row(tiny_lm64):
+    batch = Batch.from_rows(ROWS)
+    state = tiny_lm64.suffix_state(batch, 1, torch.tensor(STARTS))
+    with tiny_lm64.capture([Site("hidden", 1), Site("value", 1)]) as seen:
+        tiny_lm64.logits(batch)
+    assert state.hidden.shape == (4, 5, tiny_lm64.hidden_size)
+    assert not state.hidden.requires_grad
+    for row, (start, ids) in enumerate(zip(STARTS, ROWS, strict=True)):
+        real = len(ids) - start
+        torch.testing.assert_close(state.hidden[row, :real], seen[Site("hidden", 1)][row, start : len(ids)])
+        assert not state.hidden[row, real:].any()
+        torch.testing.assert_close(state.value0[row], seen[Site("value", 1)][row, start])
+    assert state.lengths.tolist() == [7, 3, 5, 1]
+    assert state.n_rows == 4
+
+
+def test_resume_leaves_weights_without_gradient(build_lm):
+    lm = build_lm("llama", dtype=torch.float64)
+    lm.model.requires_grad_(True)
+    state = lm.suffix_state(Batch.from_rows(ROWS), 0, STARTS)
+    hidden = state.hidden.clone().requires_grad_()
+    lm.resume(state, hidden, at=AT).sum().backward()
+    assert hidden.grad.abs().sum() > 0
+    assert all(weight.grad is None and weight.requires_grad for weight in lm.model.parameters())
+
+
+def test_resume_frees_weights_after_an_exception(build_lm):
+    lm = build_lm("gpt2", dtype=torch.float64)
+    state = lm.suffix_state(Batch.from_rows(ROWS), 0, STARTS)
+
+    def fail(tensor):
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), lm.patch(Site("value", 2), fail):
+        lm.resume(state, state.hidden, at=AT)
+    assert all(weight.requires_grad for weight in lm.model.parameters())
+
+
+def test_resume_can_be_called_again(tiny_lm64):
+    """Nothing of a call stays behind: the same hidden gives the same bits after another one."""
+    state = tiny_lm64.suffix_state(Batch.from_rows(ROWS), 0, STARTS)
+    first = tiny_lm64.resume(state, state.hidden, at=AT)
+    tiny_lm64.resume(state, state.hidden * 2, at=AT)
+    assert torch.equal(tiny_lm64.resume(state, state.hidden, at=AT), first)
+
+
+def test_hooks_above_the_layer_act(tiny_lm64):
+    batch = Batch.from_rows(ROWS)
+    state = tiny_lm64.suffix_state(batch, 0, STARTS)
+    with tiny_lm64.patch(Site("value", 2), lambda value: value * 3):
+        expected = tiny_lm64.logits(batch, at=AT)
+        found = tiny_lm64.resume(state, state.hidden, at=AT)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert (found - tiny_lm64.resume(state, state.hidden, at=AT)).abs().max() > 1e-3
+
+
+def test_pads_do_not_matter(tiny_lm64):
+    """Each row alone gives what it gives in the ragged batch."""
+    state = tiny_lm64.suffix_state(Batch.from_rows(ROWS, pad_id=9), 1, STARTS)
+    together = tiny_lm64.resume(state, state.hidden, at=AT).split([3, 1, 1, 1])
+    for ids, start, at, expected in zip(ROWS, STARTS, AT, together, strict=True):
+        alone = tiny_lm64.suffix_state(Batch.from_rows([ids]), 1, [start])
+        torch.testing.assert_close(tiny_lm64.resume(alone, alone.hidden, at=[at]), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"), [([0, 3, 0, 0], "start 3 of row 1"), ([-1, 0, 0, 0], "start -1"), ([0, 0], "2 starts")]
+)
+def test_starts_outside_rows_are_named(tiny_llama64, starts, message):
+    with pytest.raises(PromptError, match=message):
+        tiny_llama64.suffix_state(Batch.from_rows(ROWS), 0, starts)
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [([[1], [2], [4], [0]], "position 1 of row 0"), ([[7], [], [], []], "position 7"), ([[2]], "1 rows")],
+)
+def test_positions_outside_suffixes_are_named(tiny_llama64, at, message):
+    state = tiny_llama64.suffix_state(Batch.from_rows(ROWS), 0, STARTS)
+    with pytest.raises(PromptError, match=message):
+        tiny_llama64.resume(state, state.hidden, at=at)
+
+
+def test_wrong_shape_and_layer_are_named(tiny_llama64):
+    state = tiny_llama64.suffix_state(Batch.from_rows(ROWS), 0, STARTS)
+    with pytest.raises(LayerError, match="shape"):
+        tiny_llama64.resume(state, state.hidden[:2], at=AT)
+    with pytest.raises(LayerError, match="layer 3"):
+        tiny_llama64.suffix_state(Batch.from_rows(ROWS), 3, STARTS)
+
+
+def test_attention_without_explicit_mask_is_refused(build_lm):
+    lm = build_lm("llama")
+    lm.config._attn_implementation = "flex_attention"
+    with pytest.raises(LayerError, match="sdpa"):
+        lm.suffix_state(Batch.from_rows(ROWS), 0, STARTS)
