@@ -8,6 +8,7 @@ key = lm.keys([found.ids], [2], positions=[found.position])[2]          # [1, M]
 from __future__ import annotations
 
 from rep_fast.models.batch import Batch
+from rep_fast.models.context_templates import context_templates
 from rep_fast.models.editable_lm import EditableLM
 from rep_fast.models.families import FAMILIES, BlockInputs, Layout
 from rep_fast.models.hooks import Captured
@@ -27,4 +28,5 @@ __all__ = [
     "Located",
     "Site",
     "SuffixState",
+    "context_templates",
 ]

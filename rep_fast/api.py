@@ -1,0 +1,359 @@
+"""The few functions that join rooms for one call: open a model, find its text, edit, compare columns.
+
+`Workbench` holds what many edits of one model share (second moments, templates, a corpus sample, negatives), each made
+on first use; `edit` is the one-call form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rep_fast import editors, factworld
+from rep_fast.collisions import CorpusSample
+from rep_fast.edits import Edit
+from rep_fast.errors import HparamError, TextSourceError
+from rep_fast.evaluation import Protocol, perturb_case
+from rep_fast.facts import EditCase, Fact, TextSource, open_text
+from rep_fast.models import EditableLM, context_templates
+from rep_fast.presets import Preset, field_names, flat_mapping, from_flat_mapping, load_preset
+from rep_fast.rep import NegativePool, RepHparams, SubjectForms, train_adapter
+from rep_fast.rep.forms import LocatedTexts
+from rep_fast.rep.hparams import OBJECTIVES
+from rep_fast.stats import SecondMoments
+
+Progress = Callable[[str, int, "int | None"], None]
+BuildEdit = Callable[[EditCase, int], Edit]
+# moments and negatives read one stream of a world, long contexts another
+CONTEXT_SEED = factworld.TEXT_SEED + 1
+
+
+def load_model(name: str | Path, *, dtype: str | torch.dtype | None = None, device: str | None = None) -> EditableLM:
+    """A model by name: `factworld`, a hub id, or a directory written by `save_pretrained`."""
+    return EditableLM.from_pretrained(name, dtype=dtype, device=device)
+
+
+def text_source(spec: str | Path | None, lm: EditableLM) -> TextSource:
+    """A text by name (`facts.open_text`), "factworld", or for None the model's own source.
+
+    Raises:
+        TextSourceError: no text is given and the model has none of its own.
+    """
+    if spec == "factworld":
+        return factworld.text()
+    if spec is not None:
+        return open_text(spec)
+    world = factworld.world_of(lm.name)
+    if world is None:
+        raise TextSourceError(f"{lm.name} has no text of its own; name one with --text (a .txt or .jsonl file)")
+    return factworld.WorldText(world, factworld.TEXT_SEED)
+
+
+class Workbench:
+    """What many edits of one model share.
+
+    Args:
+        lm: the unedited model.
+        text: text source or its name, for moments, negatives and long contexts; None: the model's own.
+        preset: name of a preset; None: "factworld" for the embedded model and models trained by this package, else
+            "default".
+        overrides: hyper-parameters by flat name that win over the preset, for the editor or for REP.
+        layer: edited layer instead of the preset's.
+        negatives: facts whose subjects serve as negatives; None: the embedded world's background people, else names
+            found in the text. Never pass the records that will be evaluated.
+        cache_dir: where moments and templates are kept, default `$REP_FAST_CACHE`.
+        progress: called as progress(label, done, total) during the long steps.
+    """
+
+    def __init__(
+        self,
+        lm: EditableLM,
+        *,
+        text: TextSource | str | Path | None = None,
+        preset: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        layer: int | None = None,
+        negatives: Sequence[Fact] | None = None,
+        cache_dir: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.lm = lm
+        self.world = factworld.world_of(lm.name)
+        self._text = text
+        self.preset: Preset = load_preset(preset or ("default" if self.world is None else "factworld"))
+        self._overrides = _split_overrides({**(overrides or {}), **({} if layer is None else {"layer": layer})})
+        self._negatives = negatives
+        self._cache_dir = cache_dir
+        self._progress = progress
+        self._moments: list[SecondMoments] = []
+        self._templates: dict[tuple[str, int], tuple[str, ...]] = {}
+        self._pools: dict[int, NegativePool] = {}
+
+    @property
+    def text(self) -> TextSource:
+        """The text moments and negatives are read from."""
+        if self._text is None or isinstance(self._text, (str, Path)):
+            self._text = text_source(self._text, self.lm)
+        return self._text
+
+    @property
+    def context_text(self) -> TextSource:
+        """The text long contexts are cut from: a world's other stream, else the same source."""
+        if isinstance(self.text, factworld.WorldText):
+            return dataclasses.replace(self.text, seed=CONTEXT_SEED)
+        return self.text
+
+    @property
+    def protocol(self) -> Protocol:
+        """Evaluation choices of the preset."""
+        return from_flat_mapping(Protocol, self.preset.section("evaluation"), where=f"preset {self.preset.name}")
+
+    def hparams(self, method: str) -> Any:
+        """Hyper-parameters of an editor for this model."""
+        return editors.get(method).hparams(self.lm, preset=self.preset, overrides=self._overrides["editor"])
+
+    def rep_hparams(self, objective: str | None = None) -> RepHparams:
+        """REP settings; None is the preset's default objective."""
+        name = objective or self.preset.section("rep")["objective"]
+        if name not in OBJECTIVES:
+            raise HparamError(f"REP objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
+        values = {**self.preset.section(f"rep-{name}", family=self.lm.family), **self._overrides["rep"]}
+        return from_flat_mapping(RepHparams, {"objective": name, **values}, where=f"rep (preset {self.preset.name})")
+
+    def layer(self, method: str) -> int:
+        """The layer a method edits."""
+        return int(self.hparams(method).layer)
+
+    def moments(self, layers: int | Sequence[int]) -> SecondMoments:
+        """Second moments of these layers, from the cache or collected now."""
+        wanted = (layers,) if isinstance(layers, int) else tuple(sorted(set(layers)))
+        for held in self._moments:
+            if set(wanted) <= set(held.layers):
+                return held
+        found = SecondMoments.collect(
+            self.lm, self.text, wanted, tokens=self.preset.section("moments")["tokens"], cache_dir=self._cache_dir,
+            progress=self._labelled("second moments"),
+        )  # fmt: skip
+        self._moments.append(found)
+        return found
+
+    def use_moments(self, moments: SecondMoments) -> None:
+        """Take these instead of collecting.
+
+        Raises:
+            FingerprintError: they belong to another model.
+        """
+        moments.check_model(self.lm)
+        self._moments.insert(0, moments)
+
+    def templates(self, style: str, seed: int) -> tuple[str, ...]:
+        """Context templates, drawn once per style and seed."""
+        if (style, seed) not in self._templates:
+            drawn = context_templates(self.lm, style=style, seed=seed, cache_dir=self._cache_dir)
+            self._templates[style, seed] = drawn
+        return self._templates[style, seed]
+
+    def negative_pool(self, layer: int) -> NegativePool:
+        """Negatives of one layer, shared by all edits there."""
+        if layer not in self._pools:
+            tokens = int(self.preset.section("corpus_sample")["tokens"])
+            corpus = CorpusSample.collect(self.lm, self.text, layer, tokens=tokens)
+            facts = self._negatives
+            if facts is None and isinstance(self.world, factworld.World):
+                facts = factworld.background_facts(self.world)
+            self._pools[layer] = (
+                NegativePool.of_text(self.text, corpus) if facts is None else NegativePool.of_facts(facts, corpus)
+            )
+        return self._pools[layer]
+
+    def prepare(self, methods: Sequence[str], *, rep: bool, seeds: Sequence[int] = (0,)) -> None:
+        """Make everything shared now, so that the time of an edit is the edit's own."""
+        for method in methods:
+            hparams = self.hparams(method)
+            self.moments(hparams.layer).solver(hparams.layer)
+            for seed in seeds:
+                self.templates(hparams.template_style, seed)
+            if rep:
+                self.negative_pool(hparams.layer)
+
+    def edit(
+        self,
+        target: EditCase | Fact,
+        *,
+        method: str = "rome",
+        rep: bool | str = False,
+        rephrases: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> Edit:
+        """Edit one fact, with `rep` also train its adapter.
+
+        Args:
+            target: a fact, or a record whose in-domain rephrases REP may see.
+            rep: True for the preset's objective, or "calibrated" or "paper".
+            rephrases: other names of the subject for a bare fact; without them REP takes simple surface forms.
+            seed: of templates, shuffles and the adapter's start.
+        """
+        hparams = self.hparams(method)
+        fact = target if isinstance(target, Fact) else target.fact
+        plain = editors.get(method)(
+            self.lm, [fact], moments=self.moments(hparams.layer), hparams=hparams,
+            templates=self.templates(hparams.template_style, seed),
+        )  # fmt: skip
+        if not rep:
+            return plain
+        return self.with_rep(plain, target, objective=None if rep is True else rep, rephrases=rephrases, seed=seed)
+
+    def with_rep(
+        self,
+        edit: Edit,
+        target: EditCase | Fact,
+        *,
+        objective: str | None = None,
+        rephrases: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> Edit:
+        """The edit with an adapter trained for its subject."""
+        hparams = self.rep_hparams(objective)
+        if isinstance(target, EditCase):
+            forms = SubjectForms.of_case(self.lm, target, seed=seed, join=self.protocol.shuffle_join)
+        else:
+            forms = SubjectForms.of_fact(self.lm, target, rephrases=rephrases, seed=seed)
+        layer = edit.modules[0].layer
+        pool = self.negative_pool(layer) if hparams.objective == "calibrated" else None
+        return train_adapter(
+            self.lm, edit, forms, pool=pool, templates=self.templates("rome", seed), hparams=hparams, seed=seed
+        )
+
+    def columns(self, methods: Sequence[str], objectives: Sequence[str | bool | None]) -> dict[str, BuildEdit]:
+        """Columns of an evaluation: every method with every objective.
+
+        Args:
+            objectives: None for the plain edit, True for REP's default objective, or an objective by name.
+        Returns:
+            "rome", "rome+rep" (default objective), "rome+rep[paper]" … → function (case, seed) → Edit. Columns of one
+            method share the plain edit of a case.
+        """
+        default = self.rep_hparams().objective
+        columns: dict[str, BuildEdit] = {}
+        for method in methods:
+            plain = _Remembered(self, method)
+            for objective in objectives:
+                if objective is None:
+                    columns[method] = plain
+                    continue
+                name = default if objective is True else str(objective)
+                label = f"{method}+rep" if name == default else f"{method}+rep[{name}]"
+                columns[label] = _RepColumn(self, plain, name)
+        return columns
+
+    def settings(self, methods: Sequence[str], objectives: Sequence[str | bool | None]) -> dict[str, Any]:
+        """Every hyper-parameter behind `columns`, for the run's record."""
+        found: dict[str, Any] = {method: flat_mapping(self.hparams(method)) for method in methods}
+        for objective in objectives:
+            if objective is not None:
+                hparams = self.rep_hparams(None if objective is True else str(objective))
+                found[f"rep[{hparams.objective}]"] = flat_mapping(hparams)
+        return {"preset": self.preset.name, "text": self.text.name, **found}
+
+    def similarities(self, edit: Edit, case: EditCase, *, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """ρ of the subject's forms and of other subjects, before and after the edit's adapter (methods §12.1).
+
+        Returns:
+            Kind ("original", "rephrase", "shuffle", "long", "other") → (ρ before [n], ρ after [n]).
+        """
+        module = edit.modules[0]
+        perturbed = perturb_case(self.lm, case, text=self.context_text, seed=seed, protocol=self.protocol)
+        fact = case.fact
+        others = [subject for subject in self.negative_pool(module.layer).subjects if subject != fact.subject]
+        texts = {
+            "original": [(fact.prompt, fact.subject)],
+            "rephrase": [(one.prompt, one.subject) for one in perturbed.rephrase],
+            "shuffle": [(one.prompt, one.subject) for one in perturbed.shuffle],
+            "long": [(one.prompt, one.subject) for one in perturbed.long],
+            "other": [(fact.prompt, subject) for subject in others[:100]],
+        }
+        found = {}
+        for kind, pairs in texts.items():
+            if not pairs:
+                continue
+            keys = LocatedTexts.of(self.lm, pairs).subject_keys(self.lm, module.layer)
+            response = edit.tensors["response"].to(keys)
+            moved = keys
+            for adapter in module.adapters:
+                moved = adapter(moved)
+            found[kind] = (keys @ response, moved @ response)
+        return found
+
+    def _labelled(self, label: str) -> Callable[[int, int | None], None] | None:
+        if self._progress is None:
+            return None
+        report = self._progress
+        return lambda done, total: report(label, done, total)
+
+
+class _Remembered:
+    """The plain edit of a case, kept until the next case: columns with REP start from it."""
+
+    def __init__(self, bench: Workbench, method: str) -> None:
+        self._bench, self._method = bench, method
+        self._last: tuple[int, int, Edit] | None = None
+
+    def __call__(self, case: EditCase, seed: int) -> Edit:
+        if self._last is None or self._last[:2] != (case.case_id, seed):
+            self._last = (case.case_id, seed, self._bench.edit(case, method=self._method, seed=seed))
+        return self._last[2]
+
+
+class _RepColumn:
+    def __init__(self, bench: Workbench, plain: _Remembered, objective: str) -> None:
+        self._bench, self._plain, self._objective = bench, plain, objective
+
+    def __call__(self, case: EditCase, seed: int) -> Edit:
+        return self._bench.with_rep(self._plain(case, seed), case, objective=self._objective, seed=seed)
+
+
+def edit(
+    lm: EditableLM,
+    facts: Sequence[Fact | EditCase],
+    *,
+    method: str = "rome",
+    moments: SecondMoments | None = None,
+    rep: bool | str = False,
+    rephrases: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+    text: TextSource | str | Path | None = None,
+    preset: str | None = None,
+    seed: int = 0,
+    **overrides: Any,
+) -> Edit:
+    """Edit one fact in one call.
+
+    Args:
+        facts: one fact or record (batch editors will take more).
+        method: an editor's name. rep: train a key adapter too, see `Workbench.edit`.
+        moments: second moments of the edited layer; None collects them from `text`.
+        rephrases: other names of the subject for REP's training; a mapping is looked up by subject.
+        text: text source for moments and negatives; None: the model's own.
+        overrides: hyper-parameters by flat name, `v_steps=20`.
+    Raises:
+        HparamError: not exactly one fact, unknown method or hyper-parameter. Others: see the editors.
+    """
+    if len(facts) != 1:
+        raise HparamError(f"{method} writes one fact at a time, got {len(facts)}; make one edit each and stack them")
+    bench = Workbench(lm, text=text, preset=preset, overrides=overrides)
+    if moments is not None:
+        bench.use_moments(moments)
+    fact = facts[0].fact if isinstance(facts[0], EditCase) else facts[0]
+    names = rephrases.get(fact.subject) if isinstance(rephrases, Mapping) else rephrases
+    return bench.edit(facts[0], method=method, rep=rep, rephrases=names, seed=seed)
+
+
+def _split_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Overrides by whom they concern: names REP knows go to REP, all others to the editor, which checks them."""
+    concerns_rep = field_names(RepHparams)
+    rep = {name: value for name, value in overrides.items() if name in concerns_rep}
+    return {"rep": rep, "editor": {name: value for name, value in overrides.items() if name not in rep}}

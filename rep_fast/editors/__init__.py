@@ -1,0 +1,22 @@
+"""Editors: functions from facts to an `Edit`. One file per method; v* (`value.py`) is shared.
+
+`get(name)` is the one door: it knows which names exist and how a preset's values become hyper-parameters.
+"""
+
+from __future__ import annotations
+
+from rep_fast.editors.door import Editor, get, names
+from rep_fast.editors.rome import RomeHparams, closed_form, rome
+from rep_fast.editors.value import OptimisedValue, ValueHparams, optimise_value
+
+__all__ = [
+    "Editor",
+    "OptimisedValue",
+    "RomeHparams",
+    "ValueHparams",
+    "closed_form",
+    "get",
+    "names",
+    "optimise_value",
+    "rome",
+]

@@ -1,0 +1,76 @@
+"""Short texts sampled from the model itself, put before a prompt so that a key is averaged over contexts.
+
+ROME averages the key of a subject over such prefixes, REP trains on them (methods §2.1). A template is a text with
+exactly one `{}`, the place of the prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rep_fast.errors import HparamError
+from rep_fast.safe_files import write_atomically
+
+if TYPE_CHECKING:
+    from rep_fast.models.editable_lm import EditableLM
+
+SEED_WORDS = ("The", "Therefore", "Because", "I", "You")
+BARE = "{}"
+_TOP_K = 5
+# style → (texts per seed word, length in tokens): "length" counts every token, BOS and seed word included
+_GROUPS = {"rome": ((2, 5), (2, 10)), "memit": ((1, 10),)}
+
+
+def context_templates(
+    lm: EditableLM, *, style: str = "rome", seed: int = 0, cache_dir: str | Path | None = None
+) -> tuple[str, ...]:
+    """Templates of one style, the bare `{}` first.
+
+    Sampled by top-5 sampling from the unedited model, seeded by five words.
+
+    Args:
+        style: "rome" (21 templates: the bare one, ten of length 5, ten of length 10) or "memit" (6: the bare one and
+            five of length 10).
+        seed: of the sampling; the same seed gives the same texts in every process.
+        cache_dir: where they are kept, keyed by model fingerprint, style and seed; None draws them anew.
+    Raises:
+        HparamError: unknown style, or edits are active (templates belong to the unedited model).
+    Cost: one short generation per template.
+    """
+    if style not in _GROUPS:
+        raise HparamError(f"template style {style!r} is unknown; choose from {', '.join(_GROUPS)}")
+    path = None if cache_dir is None else Path(cache_dir) / f"templates-{_key(lm, style, seed)}.json"
+    if path is not None and path.is_file():
+        return tuple(json.loads(path.read_text(encoding="utf-8")))
+    if lm.active_edits:
+        raise HparamError("context templates are sampled from the unedited model; undo the active edits first")
+    templates = (BARE, *(_sample(lm, word, length, seed, number) for word, length, number in _wanted(style)))
+    if path is not None:
+        write_atomically(path, json.dumps(templates, ensure_ascii=False).encode("utf-8"))
+    return templates
+
+
+def _key(lm: EditableLM, style: str, seed: int) -> str:
+    return hashlib.sha256(f"{lm.fingerprint}/{style}/{seed}".encode()).hexdigest()[:24]
+
+
+def _wanted(style: str) -> list[tuple[str, int, int]]:
+    return [
+        (word, length, number) for count, length in _GROUPS[style] for word in SEED_WORDS for number in range(count)
+    ]
+
+
+def _sample(lm: EditableLM, word: str, length: int, seed: int, number: int) -> str:
+    draw = int.from_bytes(hashlib.sha256(f"{seed}/{word}/{length}/{number}".encode()).digest()[:4], "little")
+    new_tokens = max(1, length - len(lm.encode([word]).rows()[0]))
+    return as_template(lm.generate(word, max_new_tokens=new_tokens, top_k=_TOP_K, seed=draw))
+
+
+def as_template(text: str) -> str:
+    """A sampled text made into a template: normalised, braces deleted, closed by a full stop."""
+    text = unicodedata.normalize("NFKD", text).replace("\n\n", " ").replace("{", "").replace("}", "").strip()
+    return f"{text}. {BARE}"

@@ -1,0 +1,21 @@
+"""REP: the gated key adapter's training, in the paper's form and calibrated."""
+
+from __future__ import annotations
+
+from rep_fast.rep.forms import SubjectForms, surface_forms
+from rep_fast.rep.hparams import RepHparams
+from rep_fast.rep.negatives import NegativePool, Negatives, draw_negatives
+from rep_fast.rep.training import CachedKeys, cache_keys, fit, train_adapter
+
+__all__ = [
+    "CachedKeys",
+    "NegativePool",
+    "Negatives",
+    "RepHparams",
+    "SubjectForms",
+    "cache_keys",
+    "draw_negatives",
+    "fit",
+    "surface_forms",
+    "train_adapter",
+]

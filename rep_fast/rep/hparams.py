@@ -1,0 +1,60 @@
+"""Hyper-parameters of REP training, for both objectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rep_fast.errors import HparamError
+
+OBJECTIVES = ("calibrated", "paper")
+TARGETS = ("whitened", "raw")
+
+
+@dataclass(frozen=True)
+class RepHparams:
+    """Settings of one adapter's training (methods §6.1–6.3, §17).
+
+    objective: "calibrated" (unit response, explicit negatives) or "paper". rank: r of the projection; gate_share: width
+    of the gate as a share of M; tau: inference threshold, the gate opens for g > tau.
+    steps, lr: of Adam; batch: positives per step (None: all of them every step).
+    dropout: on the projection's input in training.
+    consistency: α, weight of the mean squared change of the anchor key (the bare prompt's).
+    Paper objective: target "whitened" (u) or "raw" (k*); absolute: |·| around the similarity.
+    Calibrated objective: response_weight and shift_weight of (1 − ρ)² and of the relative shift; negative_weight of the
+    negatives' half of the gate loss; n_random, n_hard corpus keys, hard ones with ρ below max_rho; n_subjects other
+    subjects put into the edit's prompt; n_other_tokens tokens of the positive texts that are not the subject's last.
+    """
+
+    objective: str = "calibrated"
+    rank: int = 32
+    gate_share: float = 0.1
+    tau: float = 0.9
+    steps: int = 10
+    lr: float = 5e-4
+    batch: int | None = None
+    dropout: float = 0.0
+    consistency: float = 10.0
+    target: str = "whitened"
+    absolute: bool = False
+    response_weight: float = 1.0
+    shift_weight: float = 0.1
+    negative_weight: float = 1.0
+    n_random: int = 512
+    n_hard: int = 256
+    max_rho: float = 0.9
+    n_subjects: int = 60
+    n_other_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise HparamError(f"REP objective {self.objective!r} is unknown; choose from {', '.join(OBJECTIVES)}")
+        if self.target not in TARGETS:
+            raise HparamError(f"REP target {self.target!r} is unknown; choose from {', '.join(TARGETS)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise HparamError(f"REP dropout must be in [0, 1), got {self.dropout}")
+        if self.steps < 1 or (self.batch is not None and self.batch < 1):
+            raise HparamError(f"REP needs steps and batch of at least 1, got {self.steps} and {self.batch}")
+
+    def gate_hidden(self, width: int) -> int:
+        """Width of the gate for keys of width M: int(gate_share·M), at least 1."""
+        return max(1, int(self.gate_share * width))

@@ -1,0 +1,181 @@
+"""Training one key adapter on cached keys.
+
+The keys of a layer depend neither on the edit at that layer nor on the adapter, so every key is computed once, by a
+forward truncated at the layer; all steps then run on cached vectors (methods §6.4).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rep_fast.edits import Edit, KeyAdapter
+from rep_fast.errors import HparamError
+from rep_fast.models import EditableLM
+from rep_fast.ops import AdapterWeights
+from rep_fast.presets import flat_mapping
+from rep_fast.rep.forms import LocatedTexts, SubjectForms
+from rep_fast.rep.hparams import RepHparams
+from rep_fast.rep.negatives import NegativePool, draw_negatives
+from rep_fast.rep.objectives import calibrated_loss, paper_loss, soft_adapted
+
+
+@dataclass(frozen=True)
+class CachedKeys:
+    """Everything training reads, of one layer, float32.
+
+    positives [s, M]; anchor [M], the bare prompt's key; negatives [n, M] (empty for the paper's objective); response
+    [M] with ρ(k) = k·response; target [M], the paper objective's direction t.
+    """
+
+    positives: Tensor
+    anchor: Tensor
+    negatives: Tensor
+    response: Tensor
+    target: Tensor
+
+
+def train_adapter(
+    lm: EditableLM,
+    edit: Edit,
+    forms: SubjectForms,
+    *,
+    pool: NegativePool | None,
+    templates: Sequence[str],
+    hparams: RepHparams,
+    seed: int = 0,
+) -> Edit:
+    """The edit with a key adapter trained for its subject.
+
+    Args:
+        edit: of one layer, with tensors `k_star`, `direction` and `response` (ROME and R-ROME give them).
+        forms: the subject's in-domain forms.
+        pool: negatives of that layer; the paper's objective does without.
+        templates: context templates; their prompts are the pool of texts.
+        seed: of the adapter's start, the order of texts and the draw of negatives.
+    Returns:
+        A new Edit; the adapter's `notes` say ρ before and after, and how often the gate opens on positives, negatives.
+    Raises:
+        HparamError: the edit has several layers or lacks those tensors, or negatives are needed and missing.
+    Cost: one truncated forward over templates × forms short texts, then `steps` small matrix products.
+    """
+    layer = _edited_layer(edit)
+    keys = cache_keys(lm, edit, layer, forms, pool, templates=templates, hparams=hparams, seed=seed)
+    start = KeyAdapter.initial(
+        lm.key_width(layer), rank=hparams.rank, gate_hidden=hparams.gate_hidden(lm.key_width(layer)), tau=hparams.tau,
+        seed=seed, trained_for=(forms.fact.subject,),
+    ).to(device=lm.device)  # fmt: skip
+    weights, losses = fit(start.weights, keys, hparams, seed=seed)
+    trained = KeyAdapter(weights, tau=hparams.tau, trained_for=(forms.fact.subject,))
+    notes = {**report(trained, keys), "loss_first": losses[0], "loss_last": losses[-1], "forms": forms.origin}
+    notes["hparams"] = flat_mapping(hparams)
+    return edit.with_adapters({layer: KeyAdapter(weights, trained.tau, trained.trained_for, notes)})
+
+
+def cache_keys(
+    lm: EditableLM,
+    edit: Edit,
+    layer: int,
+    forms: SubjectForms,
+    pool: NegativePool | None,
+    *,
+    templates: Sequence[str],
+    hparams: RepHparams,
+    seed: int,
+) -> CachedKeys:
+    """Keys of the training texts and negatives, from the unedited lower layers."""
+    texts = LocatedTexts.of(lm, forms.texts(templates))
+    keys = texts.subject_keys(lm, layer)
+    response = edit.tensors["response"].to(keys)
+    direction = edit.tensors["k_star" if hparams.target == "raw" else "direction"].to(keys)
+    target = direction if hparams.target == "raw" else direction / direction.norm()
+    negatives = keys[:0]
+    if hparams.objective == "calibrated":
+        if pool is None:
+            raise HparamError("the calibrated objective needs negatives; pass a NegativePool of the edited layer")
+        if pool.corpus.layer != layer:
+            raise HparamError(f"the negatives are keys of layer {pool.corpus.layer}, the edit is at layer {layer}")
+        negatives = draw_negatives(
+            lm, forms, texts, pool, response=response, templates=templates, hparams=hparams, seed=seed
+        ).all()
+    return CachedKeys(keys[1:], keys[0], negatives.to(keys), response, target)
+
+
+def fit(
+    weights: AdapterWeights, keys: CachedKeys, hparams: RepHparams, *, seed: int
+) -> tuple[AdapterWeights, list[float]]:
+    """Adam on the adapter's weights; returns the trained weights and the loss of every step."""
+    leaves = AdapterWeights(*(part.detach().clone().requires_grad_() for part in weights))
+    optimiser = torch.optim.Adam(list(leaves), lr=hparams.lr)
+    losses = []
+    for chosen, mask in _batches(keys.positives, hparams, seed):
+        loss = _loss(leaves, keys, keys.positives if chosen is None else keys.positives[chosen], mask, hparams)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.detach())
+    return AdapterWeights(*(part.detach() for part in leaves)), torch.stack(losses).tolist()
+
+
+def report(adapter: KeyAdapter, keys: CachedKeys) -> dict[str, float]:
+    """ρ on the positives before and after the hard-gated adapter, and the share of open gates on both sides."""
+    moved = adapter(keys.positives)
+    found = {
+        "rho_before": float((keys.positives @ keys.response).mean()),
+        "rho_after": float((moved @ keys.response).mean()),
+        "open_on_positives": float(adapter.is_open(keys.positives).float().mean()),
+        "n_positives": float(len(keys.positives)),
+        "n_negatives": float(len(keys.negatives)),
+    }
+    if len(keys.negatives):
+        found["open_on_negatives"] = float(adapter.is_open(keys.negatives).float().mean())
+    return found
+
+
+def _loss(
+    weights: AdapterWeights, keys: CachedKeys, positives: Tensor, mask: Tensor | None, hparams: RepHparams
+) -> Tensor:
+    adapted, logits = soft_adapted(positives, weights, dropout_mask=mask)
+    (moved_anchor,) = soft_adapted(keys.anchor[None], weights)[0]
+    if hparams.objective == "paper":
+        return paper_loss(
+            adapted, keys.target, moved_anchor, keys.anchor, alpha=hparams.consistency, absolute=hparams.absolute
+        )
+    negative_logits = soft_adapted(keys.negatives, weights)[1]
+    return calibrated_loss(
+        adapted, positives, logits, negative_logits, moved_anchor, keys.anchor, keys.response,
+        alpha=hparams.consistency, response_weight=hparams.response_weight, shift_weight=hparams.shift_weight,
+        negative_weight=hparams.negative_weight,
+    )  # fmt: skip
+
+
+def _batches(positives: Tensor, hparams: RepHparams, seed: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """Per step: row numbers of the batch (None: all) and the dropout mask (None: no dropout).
+
+    The pool is shuffled once and read in consecutive slices, from the start again when it is used up (methods §6.3).
+    """
+    order = list(range(len(positives)))
+    random.Random(f"order/{seed}").shuffle(order)
+    generator = torch.Generator().manual_seed(seed)
+    size = len(order) if hparams.batch is None else min(hparams.batch, len(order))
+    for step in range(hparams.steps):
+        begin = step * size
+        rows = None if hparams.batch is None else [order[(begin + i) % len(order)] for i in range(size)]
+        mask = None
+        if hparams.dropout:
+            kept = torch.rand(size, positives.shape[1], generator=generator) >= hparams.dropout
+            mask = (kept / (1 - hparams.dropout)).to(positives)
+        yield None if rows is None else torch.tensor(rows, device=positives.device), mask
+
+
+def _edited_layer(edit: Edit) -> int:
+    if len(edit.modules) != 1:
+        raise HparamError(f"REP on an edit of {len(edit.modules)} layers is not built; use a single-layer editor")
+    missing = [name for name in ("k_star", "direction", "response") if name not in edit.tensors]
+    if missing:
+        raise HparamError(f"the edit lacks the tensors {', '.join(missing)}; make it with method 'rome' or 'r-rome'")
+    return edit.modules[0].layer
