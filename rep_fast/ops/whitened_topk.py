@@ -264,6 +264,7 @@ def whitened_topk(
     Cost: one pass over `keys`, 2·N·S·M floating-point operations; memory O(S·(k + M)).
     """
     _check_options(k, first_id, precision, nonfinite, delta)
+    _check_matrices(keys, queries)
     before = TopK.empty(queries.shape[0], k, device=queries.device) if state is None else state
     if exclusion is not None:
         exclusion.check_fits(keys.shape[0], queries.shape[0])
@@ -363,6 +364,22 @@ def _outputs(
     Returns scores [S, k] float64, ids [S, k] int64, dropped queries [S] bool, and counts [3] int64: keys dropped, the
     first of them (row number or −1), pairs scored in float64.
     """
+    _check_matrices(keys, queries)
+    if scores.dim() != 2 or scores.shape != ids.shape or scores.shape[0] != queries.shape[0]:
+        raise HparamError(
+            f"whitened_topk: the state is {tuple(scores.shape)}, but there are {queries.shape[0]} queries"
+        )
+    for name, tensor in (("the state", scores), ("token_ids", token_ids), ("indptr", indptr)):
+        _check_device(keys, name, tensor)
+    return (
+        torch.empty(scores.shape, dtype=torch.float64, device=keys.device),
+        torch.empty(ids.shape, dtype=torch.int64, device=keys.device),
+        torch.empty(queries.shape[:1], dtype=torch.bool, device=keys.device),
+        torch.empty(3, dtype=torch.int64, device=keys.device),
+    )
+
+
+def _check_matrices(keys: Tensor, queries: Tensor) -> None:
     if keys.dim() != 2 or keys.dtype not in _KEY_DTYPES or keys.shape[1] < 1:
         raise HparamError(
             f"whitened_topk: keys must be (tokens, width) bfloat16|float16|float32, got {_described(keys)}"
@@ -377,19 +394,12 @@ def _outputs(
                 f"whitened_topk: columns of {name} must be contiguous, got stride {matrix.stride(1)}; "
                 f"call .contiguous()"
             )
-    if scores.dim() != 2 or scores.shape != ids.shape or scores.shape[0] != queries.shape[0]:
-        raise HparamError(
-            f"whitened_topk: the state is {tuple(scores.shape)}, but there are {queries.shape[0]} queries"
-        )
-    for name, tensor in (("queries", queries), ("the state", scores), ("token_ids", token_ids), ("indptr", indptr)):
-        if tensor is not None and tensor.device != keys.device:
-            raise HparamError(f"whitened_topk: keys are on {keys.device}, {name} on {tensor.device}")
-    return (
-        torch.empty(scores.shape, dtype=torch.float64, device=keys.device),
-        torch.empty(ids.shape, dtype=torch.int64, device=keys.device),
-        torch.empty(queries.shape[:1], dtype=torch.bool, device=keys.device),
-        torch.empty(3, dtype=torch.int64, device=keys.device),
-    )
+    _check_device(keys, "queries", queries)
+
+
+def _check_device(keys: Tensor, name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and tensor.device != keys.device:
+        raise HparamError(f"whitened_topk: keys are on {keys.device}, {name} on {tensor.device}")
 
 
 def _check_options(k: int, first_id: int, precision: str, nonfinite: str, delta: float) -> None:
