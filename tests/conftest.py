@@ -7,6 +7,7 @@ a fresh model, `build_lm(family, dtype=torch.float64)` one whose identities hold
 from __future__ import annotations
 
 import os
+import string
 from types import MethodType
 from typing import Any
 
@@ -70,7 +71,11 @@ def train_metaspace(*, always: bool) -> Any:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=["▁"], limit_alphabet=200, show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=["▁", *string.ascii_letters, *string.digits],
+        limit_alphabet=200,
+        show_progress=False,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     tokenizer.train_from_iterator(TEXTS, trainer)

@@ -65,6 +65,7 @@ class PrefixCache:
 def suffix_state(lm: EditableLM, batch: Batch, layer: int, starts: Sequence[int] | Tensor) -> SuffixState:
     """Run the whole batch once without gradient and keep what a resumed forward needs."""
     layer = lm.check_layer(layer)
+    _check_attention(lm)
     batch = batch.to(lm.device)
     starts = _checked_starts(batch, starts)
     residual, value = Site("hidden", layer), Site("value", layer)
@@ -150,18 +151,20 @@ def _visible(starts: Tensor, n_suffix: int, n_prefix: int, window: int | None) -
     return torch.cat([past, own], dim=-1)[:, None]
 
 
-def _mask_for(lm: EditableLM, visible: Tensor, dtype: torch.dtype) -> Tensor:
+def _check_attention(lm: EditableLM) -> None:
     implementation = lm.config._attn_implementation
-    if implementation == "sdpa":
-        return visible
-    if implementation == "eager":
-        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-            ~visible, torch.finfo(dtype).min
+    if implementation not in ("sdpa", "eager"):
+        raise LayerError(
+            f"a resumed forward needs an explicit mask, which attention {implementation!r} does not take; "
+            f"call model.set_attn_implementation('sdpa')"
         )
-    raise LayerError(
-        f"a resumed forward needs an explicit mask, which attention {implementation!r} does not take; "
-        f"call model.set_attn_implementation('sdpa')"
-    )
+
+
+def _mask_for(lm: EditableLM, visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean for sdpa, additive for eager attention."""
+    if lm.config._attn_implementation == "sdpa":
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def _suffix_index(state: SuffixState, at: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

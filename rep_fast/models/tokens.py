@@ -174,8 +174,8 @@ def _answer_in_context(tokenizer: Any, prompt: str, target: str) -> Answer:
     else:
         # after a trailing blank the natural reading gives the blank to the target
         prompt_ids, target_ids = joint[:shared], joint[shared:]
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if not prompt_ids or not target_ids or all(token == unknown for token in target_ids):
+    known = [token for token in target_ids if token != tokenizer.unk_token_id]
+    if not prompt_ids or not known or not tokenizer.decode(known).strip():
         raise TokenizationError(
             f"the tokenizer gives target {target!r} after prompt {prompt!r} no tokens of its own; choose another target"
         )
