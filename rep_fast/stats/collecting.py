@@ -32,8 +32,15 @@ from rep_fast.facts import TextSource
 from rep_fast.models import Batch, EditableLM
 from rep_fast.models.tokens import encode_text
 from rep_fast.ops.accumulate_moment import MomentSum, accumulate_moment
+from rep_fast.stats.moment_file import (
+    PartialMoments,
+    cache_path,
+    load_moments,
+    load_partial,
+    save_moments,
+    save_partial,
+)
 from rep_fast.stats.second_moments import Progress, SecondMoments
-from rep_fast.stats.moment_file import PartialMoments, cache_path, load_moments, load_partial, save_moments, save_partial
 from rep_fast.stats.triangle import packed
 
 logger = logging.getLogger(__name__)
