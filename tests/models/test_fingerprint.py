@@ -24,13 +24,14 @@ def test_every_part_enters(build_lm):
 
 def test_each_weight_enters(build_lm):
     lm = build_lm("gpt2")
+    expected = lm.fingerprint
     for name, weight in lm.model.named_parameters():
         middle = weight.data.view(-1)[weight.numel() // 2]
         clean = middle.clone()
         middle += 1
-        assert EditableLM(lm.model, lm.tokenizer).fingerprint != lm.fingerprint, name
+        assert EditableLM(lm.model, lm.tokenizer).fingerprint != expected, name
         middle.copy_(clean)
-    assert EditableLM(lm.model, lm.tokenizer).fingerprint == lm.fingerprint
+    assert EditableLM(lm.model, lm.tokenizer).fingerprint == expected
 
 
 def test_tensors_are_sampled_evenly_to_the_end(build_lm):
