@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from rep_fast.errors import HparamError, NonFiniteError, SingularMomentError
+from rep_fast.ops import native
+from rep_fast.ops.backend import Backend, choose_or_warn
+from rep_fast.ops.profile import recorded
 
 # rows multiplied in float32 before the product is added in float64: the float32 error of one entry is at most
 # kBlockRows · 2⁻²⁴ · Σ|k_i k_j|, while one pass over the float64 sum is paid once per block
 BLOCK_ROWS = 1024
+_NAME = "accumulate_moment"
 _KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -154,10 +158,21 @@ def _finite_rows(keys: Tensor) -> Tensor:
 @torch.library.custom_op("rep_fast::accumulate_moment", mutates_args=("lower",))
 def _accumulate_moment(lower: Tensor, keys: Tensor) -> None:
     _check_shapes(lower, keys)
-    wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    for block in keys.split(BLOCK_ROWS):
-        rows = block.to(wide)
-        lower += rows.T @ rows
+    T, M = keys.shape
+    is_double = keys.dtype == torch.float64
+    chosen = Backend("reference", "float64 products are torch's") if is_double else _body(keys.device)
+    with recorded(_NAME, chosen.name, flops=T * M * (M + 1), bytes=keys.nbytes + M * (M + 1) * lower.itemsize):
+        if chosen.module is not None and lower.stride(1) == 1:
+            rows = keys if keys.stride(1) == 1 else keys.contiguous()
+            chosen.module.accumulate_moment(rows, lower, chosen.level, native.n_threads())
+            return
+        for block in keys.split(BLOCK_ROWS):
+            rows = block.to(torch.float64 if is_double else torch.float32)
+            lower += (rows.T @ rows).tril_()
+
+
+def _body(device: torch.device) -> Backend:
+    return choose_or_warn(_NAME, device)
 
 
 @_accumulate_moment.register_fake

@@ -7,6 +7,7 @@ monotone. Inference uses the hard gate, training the soft one.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,9 +16,13 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from rep_fast.errors import HparamError, NonFiniteError
+from rep_fast.ops import native
+from rep_fast.ops.backend import Backend, choose_or_warn
+from rep_fast.ops.profile import recorded
 
 COMPOSITIONS = ("chain", "argmax", "sum")
 GATES = ("hard", "soft")
+_NAME = "gated_adapter"
 _KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # tokens whose gate activations are alive at once in the torch body
@@ -157,11 +162,6 @@ def _logits(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Tensor
     return gelu(hidden) @ adapter.w2.to(dtype) + adapter.b2.to(dtype)
 
 
-def _tiled_logits(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Tensor:
-    tiles = [_logits(tile.to(dtype), adapter, dtype) for tile in keys.split(_TILE_TOKENS)]
-    return torch.cat(tiles) if tiles else keys.new_empty(0, dtype=dtype)
-
-
 def _projected(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Tensor:
     return linear(linear(keys.to(dtype), adapter.a.to(dtype)), adapter.b.to(dtype))
 
@@ -188,58 +188,114 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Adapted keys [T, M] and which gates were open [E, T] bool."""
     adapters = _unflatten(weights)
-    if compose == "chain":
-        return _chain(keys, adapters, thresholds)
-    logits = torch.stack([_gate(keys, adapter, bound) for adapter, bound in zip(adapters, thresholds, strict=True)])
-    opened = _above(logits, thresholds)
-    if compose == "argmax":
-        confident = torch.where(opened, logits, -math.inf).argmax(0)  # first of equals
-        opened &= torch.arange(len(adapters), device=keys.device).unsqueeze(1) == confident
-    return _add_projections(keys, adapters, opened), opened
+    chosen = _body(keys, adapters)
+    gates = sum(2 * keys.shape[0] * adapter.w1.numel() for adapter in adapters)
+    traffic = 2 * keys.nbytes + sum(adapter.w1.nbytes for adapter in adapters)
+    with recorded(_NAME, chosen.name, flops=gates, bytes=traffic):
+        if compose == "chain":
+            return _chain(keys, adapters, thresholds, chosen)
+        logits = [
+            _finite_logits(keys, adapter, bound, chosen) for adapter, bound in zip(adapters, thresholds, strict=True)
+        ]
+        opened = torch.stack(
+            [values > _rounded(bound, values) for values, bound in zip(logits, thresholds, strict=True)]
+        )
+        if compose == "argmax":
+            confident = torch.where(opened, torch.stack(logits), -math.inf).argmax(0)  # first of equals
+            opened &= torch.arange(len(adapters), device=keys.device).unsqueeze(1) == confident
+        return _add_projections(keys, adapters, opened, chosen), opened
 
 
-def _gate(keys: Tensor, adapter: AdapterWeights, threshold: float) -> Tensor:
-    """Finite logits; a threshold of ±∞ needs none."""
+def _body(keys: Tensor, adapters: Sequence[AdapterWeights]) -> Backend:
+    if any(_compute_dtype(keys, adapter) == torch.float64 for adapter in adapters):
+        return Backend("reference", "float64 arithmetic is torch's")
+    return choose_or_warn(_NAME, keys.device)
+
+
+def _rounded(threshold: float, logits: Tensor) -> float:
+    """The bound in the logits' precision, so that a logit stored as log(τ/(1−τ)) equals it: closed."""
+    if logits.dtype == torch.float64:
+        return threshold
+    return struct.unpack("f", struct.pack("f", threshold))[0]
+
+
+def _finite_logits(keys: Tensor, adapter: AdapterWeights, threshold: float, chosen: Backend) -> Tensor:
+    """Logits of one gate; a threshold of ±∞ needs none."""
     dtype = _compute_dtype(keys, adapter)
     if math.isinf(threshold):
         return torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
-    logits = _tiled_logits(keys, adapter, dtype)
-    if logits.device.type == "cpu":
-        finite = torch.isfinite(logits)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            raise NonFiniteError(f"gated_adapter: the gate logit of row {row} is {float(logits[row])}; check the keys")
+    logits, bad = _run_gate(keys, adapter, dtype, chosen)
+    if bad >= 0:
+        raise NonFiniteError(f"gated_adapter: the gate logit of row {bad} is {float(logits[bad])}; check the keys")
     return logits
 
 
-def _above(logits: Tensor, thresholds: Sequence[float]) -> Tensor:
-    # the bound is rounded to the logits' dtype, so that a logit stored as log(τ/(1−τ)) equals it: closed
-    return logits > torch.tensor(list(thresholds), dtype=logits.dtype, device=logits.device).unsqueeze(1)
+def _run_gate(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype, chosen: Backend) -> tuple[Tensor, int]:
+    """Logits [T] and the first row where they are not finite, or −1 (on a GPU always −1: reading it would wait)."""
+    if chosen.module is None:
+        tiles = [_logits(tile.to(dtype), adapter, dtype) for tile in keys.split(_TILE_TOKENS)]
+        logits = torch.cat(tiles) if tiles else keys.new_empty(0, dtype=dtype)
+        bad = (~torch.isfinite(logits)).nonzero() if keys.device.type == "cpu" else keys.new_empty(0)
+        return logits, int(bad[0]) if bad.numel() else -1
+    logits = keys.new_empty(keys.shape[0], dtype=torch.float32)
+    b1, w2 = adapter.b1.float().contiguous(), adapter.w2.float().contiguous()
+    bad_row = chosen.module.gate_logits(
+        _dense_rows(keys), _dense_rows(adapter.w1), b1, w2, float(adapter.b2), logits, chosen.level, native.n_threads()
+    )
+    return logits, bad_row
 
 
-def _chain(keys: Tensor, adapters: Sequence[AdapterWeights], thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _dense_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _moved(rows: Tensor, adapter: AdapterWeights, dtype: torch.dtype, chosen: Backend) -> Tensor:
+    """B(A k) of a few rows."""
+    if chosen.module is None:
+        return _projected(rows, adapter, dtype)
+    inner = torch.empty(rows.shape[0], adapter.a.shape[0])
+    outer = torch.empty(rows.shape[0], adapter.b.shape[0])
+    for source, weight, product in ((_dense_rows(rows), adapter.a, inner), (inner, adapter.b, outer)):
+        chosen.module.dot_products(source, _dense_rows(weight), product, chosen.level, native.n_threads())
+    return outer
+
+
+def _chain(
+    keys: Tensor, adapters: Sequence[AdapterWeights], thresholds: Sequence[float], chosen: Backend
+) -> tuple[Tensor, Tensor]:
     opened = torch.zeros(len(adapters), keys.shape[0], dtype=torch.bool, device=keys.device)
     current = keys
     for number, (adapter, bound) in enumerate(zip(adapters, thresholds, strict=True)):
-        opened[number] = _above(_gate(current, adapter, bound).unsqueeze(0), [bound])[0]
-        rows = opened[number].nonzero().squeeze(1)
-        if rows.numel():
-            # changed keys stay wide until the end, so that the chain rounds once
-            dtype = torch.promote_types(_compute_dtype(keys, adapter), current.dtype)
-            current = current.to(dtype, copy=True)
-            current[rows] += _projected(current[rows], adapter, _compute_dtype(keys, adapter)).to(dtype)
+        logits = _finite_logits(current, adapter, bound, chosen)
+        torch.gt(logits, _rounded(bound, logits), out=opened[number])
+        current = _add_open(keys, current, current, adapter, opened[number], chosen)
     return _narrowed(keys, current, opened), opened
 
 
-def _add_projections(keys: Tensor, adapters: Sequence[AdapterWeights], opened: Tensor) -> Tensor:
+def _add_projections(keys: Tensor, adapters: Sequence[AdapterWeights], opened: Tensor, chosen: Backend) -> Tensor:
     current = keys
     for number, adapter in enumerate(adapters):
-        rows = opened[number].nonzero().squeeze(1)
-        if rows.numel():
-            dtype = torch.promote_types(_compute_dtype(keys, adapter), current.dtype)
-            current = current.to(dtype, copy=True)
-            current[rows] += _projected(keys[rows], adapter, _compute_dtype(keys, adapter)).to(dtype)
+        current = _add_open(keys, current, keys, adapter, opened[number], chosen)
     return _narrowed(keys, current, opened)
+
+
+def _add_open(
+    keys: Tensor, current: Tensor, source: Tensor, adapter: AdapterWeights, opened: Tensor, chosen: Backend
+) -> Tensor:
+    """`current` with the projections of `source` added in the open rows.
+
+    Changed keys stay float32 (or wider) until the end, so that several adapters round once.
+    """
+    rows = opened.nonzero().squeeze(1)
+    if not rows.numel():
+        return current
+    moved = _moved(source[rows], adapter, _compute_dtype(keys, adapter), chosen)
+    if current is keys:
+        current = keys.to(torch.promote_types(moved.dtype, keys.dtype), copy=True)
+    elif current.dtype != moved.dtype:
+        current = current.to(torch.promote_types(moved.dtype, current.dtype))
+    current[rows] += moved.to(current.dtype)
+    return current
 
 
 def _narrowed(keys: Tensor, current: Tensor, opened: Tensor) -> Tensor:
@@ -259,7 +315,7 @@ def _fake(keys: Tensor, weights: Sequence[Tensor], thresholds: Sequence[float], 
 
 def _forward_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:
     (adapter,) = _unflatten(weights)
-    return _tiled_logits(keys, adapter, _compute_dtype(keys, adapter))
+    return _run_gate(keys, adapter, _compute_dtype(keys, adapter), _body(keys, [adapter]))[0]
 
 
 def _fake_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from rep_fast.errors import HparamError, NonFiniteError
+from rep_fast.ops import native
+from rep_fast.ops.backend import Backend, choose_or_warn
+from rep_fast.ops.profile import recorded
 
 SCORES = ("sum", "abs_sum", "l2", "gxw", "zabs")
 NODES = ("both", "columns", "rows")
+_NAME = "packed_scores"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# products of this many rows of `a` with all columns of `b` are alive at once in the torch body
-_TILE_ROWS = 64
+# products of this many columns of `a` with all columns of `b` are alive at once in the torch body
+_TILE_COLUMNS = 64
 _EPS64 = torch.finfo(torch.float64).eps
 
 
@@ -173,10 +177,19 @@ def _check_product(a: Tensor, b: Tensor) -> Tensor:
 @torch.library.custom_op("rep_fast::abs_product_sum", mutates_args=())
 def _abs_product_sum(a: Tensor, b: Tensor) -> Tensor:
     """Σ_p |Σ_t a_tp b_tq| for every q, [Q] float64; aᵀb lives one tile at a time."""
-    total = _check_product(a, b).zero_()
-    for tile in a.split(_TILE_ROWS, dim=1):
-        total += (tile.T @ b).abs_().sum(0, dtype=torch.float64)
-    return total
+    total = _check_product(a, b)
+    is_double = a.dtype == torch.float64
+    chosen = Backend("reference", "float64 products are torch's") if is_double else choose_or_warn(_NAME, a.device)
+    flops = (2 * a.shape[0] + 2) * a.shape[1] * b.shape[1]
+    with recorded(_NAME, chosen.name, flops=flops, bytes=a.nbytes + b.nbytes + total.nbytes):
+        if chosen.module is not None:
+            left, right = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (a, b))
+            chosen.module.abs_product_sum(left, right, total, chosen.level, native.n_threads())
+            return total
+        total.zero_()
+        for tile in a.split(_TILE_COLUMNS, dim=1):
+            total += (tile.T @ b).abs_().sum(0, dtype=torch.float64)
+        return total
 
 
 @_abs_product_sum.register_fake

@@ -81,5 +81,5 @@ def _digest(tensors: Mapping[str, Tensor], kind: str, facts: str) -> str:
         tensor = tensors[name].contiguous()
         state.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         if tensor.numel():
-            state.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            state.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -1,0 +1,20 @@
+// AVX2 bodies of gated_adapter. Internal linkage only, no standard library: see core/dispatch.h.
+#include "cpu/gated_adapter.h"
+#include "cpu/simd_avx2.h"
+
+namespace rep_fast::avx2 {
+namespace {
+
+void dots_f32(const DotBlock<float>& block) {
+    dot_block<Simd>(block);
+}
+
+void dots_bf16(const DotBlock<BFloat16>& block) {
+    dot_block<Simd>(block);
+}
+
+}  // namespace
+
+constinit const GatedAdapterKernels kGatedAdapter = {dots_f32, dots_bf16};
+
+}  // namespace rep_fast::avx2
