@@ -8,9 +8,9 @@
 //                            intrinsics and internal-linkage functions, its entry points in rep_fast::avx2 and nothing
 //                            else: no standard containers or algorithms, no inline template that is not always_inline
 //                            (tests/cpp/run_checks.sh looks at the symbols)
-//   csrc/cpu/<op>_avx512.cpp the same for rep_fast::avx512, where it wins: -mavx512{f,bw,cd,dq,vl} beside the AVX2
-//   flags python_bindings/<op>.cpp bind_<op>(module), listed in module.cpp tests/cpp/test_<op>.cpp  test_<op>(), listed
-//   in main.cpp
+//   csrc/cpu/<op>_avx512.cpp the same for rep_fast::avx512, where it wins: -mavx512{f,bw,cd,dq,vl} beside AVX2's
+//   python_bindings/<op>.cpp bind_<op>(module), listed in module.cpp
+//   tests/cpp/test_<op>.cpp  test_<op>(), listed in main.cpp
 // CMake finds the files; nothing else has to be told.
 //
 // A table has one row per CpuLevel, and every row is filled: where a level has no body of its own the row repeats the
@@ -40,16 +40,6 @@ constexpr DispatchTable<Kernels> table_up_to_avx2(const Kernels& portable, const
 }
 
 // Table of an op that has an AVX-512 body as well (a file <op>_avx512.cpp in namespace rep_fast::avx512).
-template <class Kernels>
-constexpr DispatchTable<Kernels> table_up_to_avx512(const Kernels& portable, const Kernels& avx2,
-                                                    const Kernels& avx512) {
-    return {{{CpuLevel::kPortable, portable},
-             {CpuLevel::kAvx2, avx2},
-             {CpuLevel::kAvx512, avx512},
-             {CpuLevel::kAvx512, avx512}}};
-}
-
-// Table of an op with portable, AVX2 and AVX-512 bodies; the bf16 level runs the AVX-512 one.
 template <class Kernels>
 constexpr DispatchTable<Kernels> table_up_to_avx512(const Kernels& portable, const Kernels& avx2,
                                                     const Kernels& avx512) {
