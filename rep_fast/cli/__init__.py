@@ -1,0 +1,47 @@
+"""The command `rep-fast`: parse, call, print. torch is imported by the commands that compute, not by the help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rep_fast import __version__
+from rep_fast.cli.demo import demo
+from rep_fast.cli.doctor import doctor
+from rep_fast.cli.edit import edit
+from rep_fast.cli.evaluate import evaluate
+from rep_fast.cli.factworld import train
+from rep_fast.cli.moments import moments
+from rep_fast.cli.scan import scan
+from rep_fast.cli.trace import trace
+
+app = typer.Typer(
+    name="rep-fast",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Edit facts in language models so that the edits hold under rephrasing, and see what they disturb.",
+    epilog="Start with [bold]rep-fast demo[/bold]: everything on a small embedded model, in three minutes.",
+)
+factworld_app = typer.Typer(no_args_is_help=True, help="Small models that know a given set of facts.")
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"rep-fast {__version__}")
+        raise typer.Exit
+
+
+for _command in (demo, edit, evaluate, scan, trace, moments, doctor):
+    app.command(_command.__name__)(_command)
+factworld_app.command("train")(train)
+app.add_typer(factworld_app, name="factworld")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,128 @@
+"""`rep-fast scan`: where in a corpus an edit would also be heard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from rep_fast.cli.opening import Stopwatch, backend_names, choose_cases, open_model, open_workbench
+from rep_fast.cli.options import (
+    CasesOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersOption,
+    LimitOption,
+    ModelOption,
+    PresetOption,
+    SkipBadOption,
+    SplitOption,
+    TextOption,
+    one_layer,
+)
+from rep_fast.cli.screen import Screen, opened
+
+if TYPE_CHECKING:
+    from rep_fast.collisions import ScanResult
+    from rep_fast.facts import EditCase
+
+_SHOWN_SUBJECTS, _SHOWN_HITS = 12, 3
+
+
+def scan(
+    model: ModelOption,
+    cases: CasesOption = None,
+    split: SplitOption = "test",
+    limit: LimitOption = None,
+    skip_bad: SkipBadOption = False,
+    text: TextOption = None,
+    layers: LayersOption = None,
+    top: Annotated[int, typer.Option("--top", help="Collisions per subject.")] = 10,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Scan only the first so many tokens.")] = None,
+    preset: PresetOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Scan a corpus for places whose keys collide with the facts' keys: where an edit would come through unwanted."""
+    layer = one_layer(layers)
+    with opened(as_json=as_json, debug=debug) as screen:
+        from rep_fast.collisions import scan as scan_corpus
+
+        watch = Stopwatch()
+        lm = open_model(screen, model, device=device, dtype=dtype)
+        chosen = choose_cases(screen, lm, cases, split=split, limit=limit, skip_bad=skip_bad)
+        bench = open_workbench(screen, lm, text=text, preset=preset, layer=layer)
+        layer = bench.layer("rome")
+        watch.lap("load")
+        moments = bench.moments([layer])
+        watch.lap("moments")
+        found = scan_corpus(
+            lm,
+            [case.fact for case in chosen],
+            bench.text,
+            moments,
+            layer,
+            top=top,
+            tokens=tokens,
+            progress=lambda done, total: screen.progress("scan", done, total),
+        )
+        watch.lap("scan")
+        _show(screen, found, bench.text.name)
+        screen.answer(
+            {
+                "model": model,
+                "layer": layer,
+                "text": bench.text.name,
+                "tokens": found.n_tokens,
+                "subjects": _subjects(chosen, found),
+                "backend": backend_names(),
+                "timing": watch.as_json(),
+            }
+        )
+
+
+def _subjects(cases: list[EditCase], found: ScanResult) -> list[dict[str, Any]]:
+    return [
+        {
+            "subject": case.fact.subject,
+            "prompt": case.fact.prompt,
+            "self_similarity": float(found.self_similarity[number]),
+            "baseline_rho": float(found.baseline[number] / found.self_similarity[number]),
+            "collisions": [
+                {
+                    "rho": hit.rho,
+                    "score": hit.score,
+                    "position": hit.corpus_position,
+                    "prefix": hit.prefix_text,
+                    "token": hit.hit_token,
+                }
+                for hit in found.collisions[number]
+            ],
+        }
+        for number, case in enumerate(cases)
+    ]
+
+
+def _show(screen: Screen, found: ScanResult, text_name: str) -> None:
+    table = Table(
+        "subject", "ρ", "corpus text up to the hit",
+        title=f"Strongest collisions in {found.n_tokens:,} tokens of {text_name}, layer {found.layer}",
+        title_justify="left",
+    )  # fmt: skip
+    ranked = sorted((own for own in found.collisions if own), key=lambda own: -own[0].rho)
+    for own in ranked[:_SHOWN_SUBJECTS]:
+        for number, hit in enumerate(own[:_SHOWN_HITS]):
+            prefix = escape(hit.prefix_text.removesuffix(hit.hit_token)[-70:])
+            subject = escape(hit.subject) if number == 0 else ""
+            table.add_row(subject, f"{hit.rho:.2f}", f"…{prefix}[bold]{escape(hit.hit_token)}[/bold]")
+    screen.show(table)
+    rest = len(ranked) - _SHOWN_SUBJECTS
+    if rest > 0:
+        screen.show(f"and {rest} more subjects with weaker collisions; --json lists all")
+    screen.show("ρ is the share of the edit that comes through at that place: 1 is the edited prompt itself.")

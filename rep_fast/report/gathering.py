@@ -1,0 +1,136 @@
+"""From the objects of a run to the plain data of a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from rep_fast.collisions import ScanResult
+from rep_fast.edits import Edit
+from rep_fast.evaluation import MAIN_METRICS, METRICS, Summary
+from rep_fast.facts import EditCase, shuffled_subjects
+from rep_fast.models import EditableLM
+from rep_fast.paths import NodeScores, layer_map, select
+from rep_fast.report.answering import answers
+from rep_fast.report.data import Answered, CollisionRow, EditedFact, LayerScores, MetricRow, Similarities
+
+_MEANING = {metric.name: (metric.protocol, metric.meaning) for metric in METRICS}
+
+
+def edited_fact(
+    lm: EditableLM,
+    case: EditCase,
+    edits: Mapping[str, Edit],
+    *,
+    per_kind: int = 2,
+    seed: int = 0,
+) -> EditedFact:
+    """A case with the model's answers before and under each edit.
+
+    Args:
+        edits: column → edit of this case.
+        per_kind: prompts of each kind: paraphrases, seen and unseen rephrases, shuffles, neighbours.
+        seed: of the shuffles, as the edit's adapter was trained with.
+    """
+    fact = case.fact
+    asked = [(kind, prompt) for kind, prompts in _prompts(lm, case, seed).items() for prompt in prompts[:per_kind]]
+    prompts = [prompt for _, prompt in asked]
+    targets = [fact.target_new, fact.target_true or "", case.neighborhood_target]
+    before = answers(lm, prompts, targets)
+    after: dict[str, list[str]] = {}
+    for column, edit in edits.items():
+        with edit.applied(lm):
+            after[column] = answers(lm, prompts, targets)
+    answered = tuple(
+        Answered(
+            kind=kind,
+            prompt=prompt,
+            before=before[place],
+            after={column: texts[place] for column, texts in after.items()},
+            wanted=before[place] if kind == "neighbour" else fact.target_new,
+        )
+        for place, (kind, prompt) in enumerate(asked)
+    )
+    return EditedFact(fact.prompt, fact.subject, fact.target_new, fact.target_true or "", answered)
+
+
+def _prompts(lm: EditableLM, case: EditCase, seed: int) -> dict[str, list[str]]:
+    fact, names = case.fact, case.subject_rephrases
+    shuffles = shuffled_subjects(
+        fact.subject, lambda text: lm.tokenizer.encode(text, add_special_tokens=False), lm.tokenizer.decode, seed=seed
+    )
+
+    def filled(subjects: Iterable[str]) -> list[str]:
+        return [fact.prompt.replace("{}", subject) for subject in subjects]
+
+    return {
+        "prompt": [fact.text],
+        "paraphrase": list(case.paraphrase_prompts),
+        "rephrase": filled(names.in_domain),
+        "unseen rephrase": filled(names.out_of_domain),
+        "unseen shuffle": filled(shuffles.out_of_domain),
+        "neighbour": list(case.neighborhood_prompts),
+    }
+
+
+def metric_rows(summary: Summary, names: Sequence[str] = MAIN_METRICS) -> tuple[MetricRow, ...]:
+    """The summary's metrics, those no column has left out."""
+    rows = []
+    for name in names:
+        cells = {
+            column: (own[name].mean, own[name].std, own[name].n) for column, own in summary.cells.items() if name in own
+        }
+        if cells:
+            rows.append(MetricRow(name, *_MEANING[name], cells))
+    return tuple(rows)
+
+
+def similarity_rows(measured: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> tuple[Similarities, ...]:
+    """`Workbench.similarities` of several edits put together."""
+    before: dict[str, list[float]] = {}
+    after: dict[str, list[float]] = {}
+    for kinds in measured:
+        for kind, (rho_before, rho_after) in kinds.items():
+            before.setdefault(kind, []).extend(rho_before.tolist())
+            after.setdefault(kind, []).extend(rho_after.tolist())
+    return tuple(Similarities(kind, tuple(before[kind]), tuple(after[kind])) for kind in before)
+
+
+def collision_rows(scanned: ScanResult, *, per_subject: int = 2, most: int = 12) -> tuple[CollisionRow, ...]:
+    """The strongest collisions, at most `per_subject` of each subject."""
+    hits = [hit for own in scanned.collisions for hit in own[:per_subject]]
+    hits.sort(key=lambda hit: -hit.rho)
+    return tuple(
+        CollisionRow(hit.subject, hit.rho, hit.prefix_text.removesuffix(hit.hit_token), hit.hit_token)
+        for hit in hits[:most]
+    )
+
+
+def layer_scores(label: str, scores: NodeScores, *, top: int = 15) -> LayerScores:
+    """Mean score of each layer's `top` best nodes."""
+    chosen = select(scores, top=min(top, scores.key.shape[1]))
+    means = layer_map(scores, chosen.positive)
+    return LayerScores(label, _finite(means.key), _finite(means.value))
+
+
+def _finite(values: Tensor) -> tuple[float | None, ...]:
+    return tuple(value if math.isfinite(value) else None for value in values.tolist())
+
+
+def model_description(lm: EditableLM, layer: int) -> dict[str, str]:
+    """What the model is, in words."""
+    parameters = sum(weight.numel() for weight in lm.model.parameters())
+    return {
+        "name": str(lm.name),
+        "family": lm.family,
+        "parameters": f"{parameters / 1e6:.1f} M",
+        "layers": str(lm.n_layers),
+        "hidden width D": str(lm.hidden_size),
+        "key width M": str(lm.key_width(layer)),
+        "edited layer": f"{layer} (the first is 0)",
+        "dtype, device": f"{str(lm.dtype).removeprefix('torch.')}, {lm.device}",
+        "torch threads": str(torch.get_num_threads()),
+    }
