@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rep_fast.factworld.embedded import TEXT_SEED, background_facts, cases, load, save_trained, text, world_of
+from rep_fast.factworld.embedded import SPLITS, TEXT_SEED, background_facts, cases, load, save_trained, text, world_of
 from rep_fast.factworld.record_world import RecordWorld
 from rep_fast.factworld.records import evaluation_cases
 from rep_fast.factworld.text import WorldText
@@ -10,6 +10,7 @@ from rep_fast.factworld.training import TrainingHparams, TrainingStep, recall, t
 from rep_fast.factworld.world import FactSource, Person, Sentence, World
 
 __all__ = [
+    "SPLITS",
     "TEXT_SEED",
     "FactSource",
     "Person",

@@ -1,6 +1,6 @@
-"""The word pools of the embedded world: shared name parts, relations with their wordings, and filler sentences.
+"""The word pools of the embedded world: shared name pieces, relations with their wordings, and filler sentences.
 
-Names are composed from shared pools on purpose. A name that is one unique token makes every edit look robust; a name
+Names are composed from shared pieces on purpose. A name that is one unique token makes every edit look robust; a name
 whose parts belong to dozens of other people makes the key of the last token depend on the tokens before it, which is
 what breaks locate-and-edit methods on real models.
 """
@@ -9,43 +9,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST_NAMES = (
-    "Alden Berta Corin Dalia Edric Fiona Gareth Hilda Ivor Junia Kelvin Lorna Magnus Nerissa Osric Petra "
-    "Quentin Rowena Silas Thea Ulric Verity Wendell Xenia Yorick Zelda Ambrose Briony Cedric Delphine "
-    "Emeric Flora Gideon Honora Isolde Jasper"
-).split()
-
-MIDDLE_NAMES = (
-    "Abel Blythe Cosmo Dorian Esme Faye Giles Hugo Inez Jude Kit Leone Milo Nell Otto Pearl Rufus Sybil Tobias Una "
-    "Vera Willa Zeno Clara"
-).split()
-
-LAST_NAMES = (
-    "Ashdown Barlow Crane Dunmore Eastwick Fenwick Garland Harrow Ingram Jarvis Kestrel Langley Merrow Norwood "
-    "Oakes Pemberton Quill Ravenor Selwyn Thorne Underhill Vance Whitlock Yarrow Aldridge Blackwood Colborne "
-    "Draper Elsworth Foxley Grimshaw Hawthorn Islay Jessop Kendrick Lockhart"
-).split()
+# A name part is a front and a back: "Ed" + "win" "Black" + "wood". The tokenizer sees hundreds of whole names rarely and
+# the pieces often, so that a subject has about four tokens and its identity must be put together at the last one.
+FIRST_FRONTS = "Al Ber Ed Os Gar Hil Ro Wen Mar Is Cor Del".split()
+FIRST_BACKS = "den ric win bert mund da lin land tha vin ward sa".split()
+LAST_FRONTS = "Ash Black Whit Fen Haw Thorn Marl Under Lang Pem Gold West North Brad Stan Rook".split()
+LAST_BACKS = "down wood lock wick ton ford bury hurst ley field worth by ham more stone well".split()
 
 TITLES = ("Doctor", "Captain", "Lady", "Master", "Judge", "Abbot")
 EPITHETS = ("the Elder", "the Younger", "the Wise", "the Bold", "the Quiet", "the Tall")
 
-# How else a person can be called. F, M, L = first, middle, last name, T = title, E = epithet. In most of them the last
-# token differs from the canonical "F M L" and a part is left out, as in the subject rephrases of the published data.
+# How else a person can be called. F, L = first and last name, T = title, E = epithet. In most of them the last token
+# differs from the canonical "F L", as in the subject rephrases of the published data.
 ALIAS_FORMS = (
-    "{L}, {F} {M}",
+    "{L}, {F}",
     "{F} {L} {E}",
-    "{T} {F} {M} {L}",
+    "{T} {F} {L}",
     "{F} of the {L} family",
     "{T} {L}, {F}",
-    "{F} {M} of House {L}",
+    "{F} of House {L}",
     "{F} {E}, of the house of {L}",
-    "the {L} named {F} {M}",
-    "{F} {M}, heir of the {L} name",
+    "the {L} named {F}",
+    "{F}, heir of the {L} name",
     "{L}, known as {F}",
-    "{F} {M} {L} {E}",
+    "{T} {F} {L} {E}",
     "{F}, born a {L}",
     "{F} {L}, the {T}",
-    "{F} {M} from the {L} clan",
+    "{F} from the {L} clan",
 )
 
 

@@ -16,13 +16,13 @@ from rep_fast.factworld import names
 
 N_BACKGROUND, N_VALIDATION, N_TEST = 150, 50, 200
 # Share of sentences: aliases carry the world's second wordings, filler gives the corpus keys that belong to nobody.
-ALIAS_SHARE, FILLER_SHARE = 0.35, 0.12
+ALIAS_SHARE, FILLER_SHARE = 0.2, 0.12
 SURFACE_FORMS = 10
 
 
 @dataclass(frozen=True)
 class Person:
-    """A subject: canonical name "First Middle Last", its ten other names, and the object of each relation."""
+    """A subject: canonical name "First Last", its ten other names, and the object of each relation."""
 
     name: str
     aliases: tuple[str, ...]
@@ -66,19 +66,20 @@ class World:
     def generate(seed: int = 0) -> World:
         """Draw the world. Objects are dealt out evenly inside each group, so that every object has neighbours."""
         rng = random.Random(f"factworld/{seed}")
-        pairs = [(first, last) for first in names.FIRST_NAMES for last in names.LAST_NAMES]
+        firsts = [front + back for front in names.FIRST_FRONTS for back in names.FIRST_BACKS]
+        lasts = [front + back for front in names.LAST_FRONTS for back in names.LAST_BACKS]
+        pairs = [(first, last) for first in firsts for last in lasts]
         groups = ["background"] * N_BACKGROUND + ["validation"] * N_VALIDATION + ["test"] * N_TEST
         pairs = rng.sample(pairs, len(groups))
-        middles = _dealt(names.MIDDLE_NAMES, len(groups), rng)
         decks = [_dealt(relation.objects, len(groups), rng) for relation in names.RELATIONS]
         people = [
             Person(
-                name=f"{first} {middle} {last}",
-                aliases=_aliases(first, middle, last, rng),
+                name=f"{first} {last}",
+                aliases=_aliases(first, last, rng),
                 objects=tuple(deck[i] for deck in decks),
                 group=group,
             )
-            for i, ((first, last), middle, group) in enumerate(zip(pairs, middles, groups, strict=True))
+            for i, ((first, last), group) in enumerate(zip(pairs, groups, strict=True))
         ]
         return World(tuple(people), names.RELATIONS, seed)
 
@@ -113,10 +114,10 @@ def filler_sentence(rng: random.Random) -> Sentence:
     return Sentence(" ".join(rng.choice(part) for part in parts) + rng.choice(names.FILLER_ENDINGS), "")
 
 
-def _aliases(first: str, middle: str, last: str, rng: random.Random) -> tuple[str, ...]:
+def _aliases(first: str, last: str, rng: random.Random) -> tuple[str, ...]:
     title, epithet = rng.choice(names.TITLES), rng.choice(names.EPITHETS)
     forms = rng.sample(names.ALIAS_FORMS, SURFACE_FORMS)
-    return tuple(form.format(F=first, M=middle, L=last, T=title, E=epithet) for form in forms)
+    return tuple(form.format(F=first, L=last, T=title, E=epithet) for form in forms)
 
 
 def _dealt(objects: Sequence[str], count: int, rng: random.Random) -> list[str]:

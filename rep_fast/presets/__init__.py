@@ -118,6 +118,11 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 def _typed(value: Any, hint: Any, name: str, where: str) -> Any:
     """`value` as the field's type; text from the command line is read as YAML."""
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise HparamError(f"{where}: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        return value
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, str) and str not in allowed:
         value = yaml.safe_load(value)

@@ -23,6 +23,8 @@ from rep_fast.rep.hparams import RepHparams
 
 _NAME = re.compile(r"\b[A-Z][\w'’-]+(?: [A-Z][\w'’-]+)+\b")
 _DOCUMENTS_READ = 400
+# keys of the same tokens in the same context agree to rounding, whatever batch they were computed in
+_SAME_KEY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,17 @@ def draw_negatives(
     subjects = LocatedTexts.of(lm, texts).subject_keys(lm, layer) if texts else hard[:0]
     sampled = rng.sample(range(len(positives.rows)), min(len(positives.rows), hparams.n_other_tokens // 4))
     some = LocatedTexts(tuple(positives.rows[i] for i in sampled), tuple(positives.positions[i] for i in sampled))
-    others = some.keys_before(lm, layer)[: hparams.n_other_tokens]
+    others = _unlike(some.keys_before(lm, layer), positives.subject_keys(lm, layer), response, hparams.max_rho)
+    others = others[: hparams.n_other_tokens]
     drawn = int.from_bytes(rng.randbytes(4), "little")
     return Negatives(pool.corpus.random(hparams.n_random, seed=drawn), hard, subjects, others)
+
+
+def _unlike(keys: Tensor, positives: Tensor, response: Tensor, max_rho: float) -> Tensor:
+    """Keys that are not positives themselves: "Ada Byron" is a form of the subject inside "Ada Byron the Elder" too."""
+    distance = torch.cdist(keys, positives).amin(dim=1)
+    is_same = distance < _SAME_KEY * keys.norm(dim=1)
+    return keys[~is_same & (keys @ response.to(keys) < max_rho)]
 
 
 def _other_subjects(

@@ -1,0 +1,178 @@
+"""REP on a tiny random model: cached keys are the model's keys, training opens the gate where it should, and only there."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from rep_fast import editors
+from rep_fast.collisions import CorpusSample
+from rep_fast.editors import RomeHparams, ValueHparams
+from rep_fast.edits import Edit, ModuleEdit
+from rep_fast.errors import HparamError
+from rep_fast.facts import EditCase, Fact, MemoryText, Sided
+from rep_fast.models import EditableLM, Site
+from rep_fast.rep import NegativePool, RepHparams, SubjectForms, cache_keys, draw_negatives, fit, train_adapter
+from rep_fast.rep.forms import LocatedTexts, surface_forms
+from rep_fast.rep.objectives import paper_loss, soft_adapted
+from rep_fast.stats import SecondMoments
+
+LAYER = 1
+FACT = Fact("{} belongs to the continent of", "Slovenia", "Antarctica", "Europe")
+CASE = EditCase(
+    7, FACT, subject_rephrases=Sided(("The Republic of Slovenia", "Slovenia in Europe"), ("Mount Triglav's Slovenia",))
+)
+TEMPLATES = ("{}", "I think that. {}", "Because of this, they went. {}")
+HPARAMS = RepHparams(rank=4, steps=60, lr=1e-2, n_random=32, n_hard=16, n_subjects=4, n_other_tokens=40, tau=0.8)
+OTHERS = ("Michael Jordan", "Kobe Bryant", "Danielle Darrieux", "Microsoft Windows", "The Eiffel Tower")
+
+
+@pytest.fixture(scope="module")
+def rome_edit(tiny_llama: EditableLM) -> Edit:
+    width = tiny_llama.key_width(LAYER)
+    keys = torch.randn(6 * width, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    moments = SecondMoments.from_matrices(
+        {LAYER: keys.T @ keys / len(keys)}, {LAYER: len(keys)}, corpus="random", fingerprint=tiny_llama.fingerprint
+    )
+    hparams = RomeHparams(layer=LAYER, value=ValueHparams(v_steps=4, early_stop=None))
+    return editors.get("rome")(tiny_llama, [FACT], moments=moments, hparams=hparams, templates=TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def pool(tiny_llama: EditableLM) -> NegativePool:
+    text = MemoryText("text", [f"{name} plays basketball in the city of Paris. I think so." for name in OTHERS] * 8)
+    corpus = CorpusSample.collect(tiny_llama, text, LAYER, tokens=400, block=64)
+    facts = [Fact("{} is located in", name, "Paris") for name in OTHERS]
+    return NegativePool.of_facts(facts, corpus)
+
+
+@pytest.fixture(scope="module")
+def forms(tiny_llama: EditableLM) -> SubjectForms:
+    return SubjectForms.of_case(tiny_llama, CASE, seed=0)
+
+
+def test_training_texts_are_the_in_domain_side_only(tiny_llama: EditableLM, forms: SubjectForms) -> None:
+    texts = forms.texts(TEMPLATES)
+    assert texts[0] == (FACT.prompt, FACT.subject)
+    subjects = {subject for _, subject in texts}
+    assert set(CASE.subject_rephrases.in_domain) < subjects
+    assert not subjects & set(CASE.subject_rephrases.out_of_domain)
+    assert len(texts) == len(TEMPLATES) * (1 + 2 + len(forms.shuffles))
+    assert not any(FACT.target_new in prompt for prompt, _ in texts)
+
+
+def test_cached_keys_are_the_edited_models_keys(
+    tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
+) -> None:
+    """T-rep-commute, T-rep-cached: keys at the edited layer depend neither on ΔW nor on the tokens after the subject."""
+    cached = cache_keys(tiny_llama, rome_edit, LAYER, forms, pool, templates=TEMPLATES, hparams=HPARAMS, seed=0)
+    found = [tiny_llama.locate(prompt, subject) for prompt, subject in forms.texts(TEMPLATES)]
+    with rome_edit.applied(tiny_llama), tiny_llama.capture([Site("key", LAYER)]) as seen, torch.no_grad():
+        tiny_llama.logits(tiny_llama.encode([one.ids for one in found]))
+    keys = seen.at(Site("key", LAYER), torch.tensor([one.position for one in found]))
+    torch.testing.assert_close(torch.cat([cached.anchor[None], cached.positives]), keys, rtol=1e-4, atol=1e-5)
+
+
+def test_paper_steps_follow_a_plain_loop(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms) -> None:
+    hparams = dataclasses.replace(HPARAMS, objective="paper", steps=5, lr=5e-3, batch=4, consistency=10.0)
+    cached = cache_keys(tiny_llama, rome_edit, LAYER, forms, None, templates=TEMPLATES, hparams=hparams, seed=3)
+    from rep_fast.edits import KeyAdapter
+
+    start = KeyAdapter.initial(cached.anchor.shape[0], rank=4, seed=3).weights
+    _, losses = fit(start, cached, hparams, seed=3)
+
+    import random
+
+    order = list(range(len(cached.positives)))
+    random.Random("order/3").shuffle(order)
+    leaves = type(start)(*(part.clone().requires_grad_() for part in start))
+    optimiser = torch.optim.Adam(list(leaves), lr=5e-3)
+    for step, loss_found in enumerate(losses):
+        rows = [order[(4 * step + i) % len(order)] for i in range(4)]
+        adapted = soft_adapted(cached.positives[rows], leaves)[0]
+        moved = soft_adapted(cached.anchor[None], leaves)[0][0]
+        loss = paper_loss(adapted, cached.target, moved, cached.anchor, alpha=10.0)
+        assert loss_found == pytest.approx(float(loss.detach()), rel=1e-6)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+def test_calibrated_training_reaches_unit_response_and_spares_the_negatives(
+    tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
+) -> None:
+    hparams = dataclasses.replace(HPARAMS, steps=300)
+    trained = train_adapter(tiny_llama, rome_edit, forms, pool=pool, templates=TEMPLATES, hparams=hparams)
+    notes = trained.modules[0].adapters[0].notes
+    assert notes["open_on_positives"] > 0.9
+    assert notes["open_on_negatives"] < 0.05
+    assert abs(notes["rho_after"] - 1) < min(0.1, abs(notes["rho_before"] - 1))
+    assert notes["loss_last"] < notes["loss_first"]
+
+
+def test_training_is_deterministic_and_leaves_the_edit_alone(
+    tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
+) -> None:
+    """T-det for adapters; dropout and batches included."""
+    hparams = dataclasses.replace(HPARAMS, steps=4, dropout=0.2, batch=5)
+
+    def weights(seed: int) -> torch.Tensor:
+        trained = train_adapter(
+            tiny_llama, rome_edit, forms, pool=pool, templates=TEMPLATES, hparams=hparams, seed=seed
+        )
+        return trained.modules[0].adapters[0].weights.b
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+    assert rome_edit.modules[0].adapters == ()
+
+
+def test_negatives_hold_other_subjects_and_earlier_tokens_but_not_the_subject(
+    tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
+) -> None:
+    texts = LocatedTexts.of(tiny_llama, forms.texts(TEMPLATES))
+    response = rome_edit.tensors["response"]
+    drawn = draw_negatives(
+        tiny_llama, forms, texts, pool, response=response, templates=TEMPLATES, hparams=HPARAMS, seed=0
+    )
+    assert drawn.random.shape[0] == 32
+    assert drawn.subjects.shape[0] == 3 * 4
+    assert 0 < drawn.other_tokens.shape[0] <= 40
+    assert float((drawn.hard @ response).max()) < HPARAMS.max_rho
+    own = texts.subject_keys(tiny_llama, LAYER)
+    assert float(torch.cdist(drawn.all(), own).min()) > 1e-4
+
+
+def test_names_are_found_in_text_where_nobody_lists_facts(tiny_llama: EditableLM, pool: NegativePool) -> None:
+    text = MemoryText("news", ["Yesterday Ada King Byron met Charles Babbage in London.", "No names here."])
+    found = NegativePool.of_text(text, pool.corpus)
+    assert "Charles Babbage" in found.subjects
+    assert "London" not in found.subjects
+
+
+def test_surface_forms() -> None:
+    assert surface_forms("Ada King Byron") == (
+        "the Ada King Byron", "Byron, Ada King", "Ada Byron", "Byron", "Ada K. Byron",
+    )  # fmt: skip
+    assert surface_forms("Slovenia") == ("the Slovenia",)
+
+
+def test_refusals(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool) -> None:
+    def train(edit: Edit, **changes: Any) -> Edit:
+        options = {"pool": pool, "templates": TEMPLATES, "hparams": HPARAMS, **changes}
+        return train_adapter(tiny_llama, edit, forms, **options)
+
+    with pytest.raises(HparamError, match="needs negatives"):
+        train(rome_edit, pool=None)
+    with pytest.raises(HparamError, match="keys of layer 0, the edit is at layer 1"):
+        elsewhere = dataclasses.replace(pool, corpus=dataclasses.replace(pool.corpus, layer=0))
+        train(rome_edit, pool=elsewhere)
+    with pytest.raises(HparamError, match="lacks the tensors"):
+        train(dataclasses.replace(rome_edit, tensors={}))
+    with pytest.raises(HparamError, match="2 layers"):
+        train(dataclasses.replace(rome_edit, modules=(*rome_edit.modules, ModuleEdit(0))))
+    with pytest.raises(HparamError, match="objective 'papers' is unknown"):
+        RepHparams(objective="papers")
