@@ -1,7 +1,6 @@
 // Element types a tensor may have at the border, and the two 16-bit floats as storage.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <type_traits>
 
@@ -51,23 +50,25 @@ inline constexpr DType dtype_of<std::int64_t> = DType::kInt64;
 template <>
 inline constexpr DType dtype_of<bool> = DType::kBool;
 
-// Exact widening. always_inline: a copy compiled for a wider instruction set must never be the one the linker keeps.
+// Exact widening. always_inline, and the builtin in place of std::bit_cast: a copy compiled for a wider instruction set
+// must never be the one the linker keeps.
 [[gnu::always_inline]] inline float to_float(float value) {
     return value;
 }
 [[gnu::always_inline]] inline float to_float(BFloat16 value) {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(value.bits) << 16);
+    return __builtin_bit_cast(float, static_cast<std::uint32_t>(value.bits) << 16);
 }
 [[gnu::always_inline]] inline float to_float(Float16 value) {
     const std::uint32_t sign = static_cast<std::uint32_t>(value.bits & 0x8000u) << 16;
     const std::uint32_t magnitude = value.bits & 0x7fffu;
     if (magnitude >= 0x7c00u) {  // infinity and NaN keep their payload
-        return std::bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+        return __builtin_bit_cast(float, sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
     }
     if (magnitude < 0x400u) {  // zero and subnormals: magnitude · 2⁻²⁴ is exact in float
-        return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(static_cast<float>(magnitude) * 0x1p-24f));
+        return __builtin_bit_cast(float,
+                                  sign | __builtin_bit_cast(std::uint32_t, static_cast<float>(magnitude) * 0x1p-24f));
     }
-    return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+    return __builtin_bit_cast(float, sign | ((magnitude << 13) + 0x38000000u));
 }
 
 }  // namespace rep_fast

@@ -22,25 +22,25 @@ enum class ScanPrecision { kFloat32, kFloat64 };
 
 // Position p is excluded for query i if last_tokens[i] occurs at p, p−1, …, p−window inside p's sequence.
 struct LastTokenRule {
-    std::span<const std::int64_t> token_ids;        // one per key; empty: the rule is off
-    std::span<const std::int64_t> sequence_starts;  // ascending row numbers, the first is 0
-    std::span<const std::int64_t> last_tokens;      // one per query
-    std::span<const std::int64_t> lookback;         // tokens of row 0's sequence that precede row 0, oldest first
+    std::span<const std::int64_t> token_ids = {};        // one per key; empty: the rule is off
+    std::span<const std::int64_t> sequence_starts = {};  // ascending row numbers, the first is 0
+    std::span<const std::int64_t> last_tokens = {};      // one per query
+    std::span<const std::int64_t> lookback = {};         // tokens of row 0's sequence that precede row 0, oldest first
     std::int64_t window = 0;
 };
 
 // Row p is excluded for the queries subjects[indptr[p]] … subjects[indptr[p + 1] − 1].
 struct PairRule {
-    std::span<const std::int64_t> indptr;  // n_keys + 1; empty: the rule is off
-    std::span<const std::int64_t> subjects;
+    std::span<const std::int64_t> indptr = {};  // n_keys + 1; empty: the rule is off
+    std::span<const std::int64_t> subjects = {};
 };
 
 struct ScanInput {
     KeyMatrix keys;                   // [n_keys, key_dim]
     MatrixView<const float> queries;  // [n_queries, key_dim]
     std::int64_t first_id = 0;        // id of key row j is first_id + j
-    LastTokenRule last_token;
-    PairRule pairs;
+    LastTokenRule last_token = {};
+    PairRule pairs = {};
     ScanPrecision precision = ScanPrecision::kFloat32;
 };
 

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Checks of the native library that pytest cannot make: symbols of the objects built for wide instruction sets, the
+# test program under emulated processors, and under the sanitizers.
+#
+#   tests/cpp/run_checks.sh [build directory, default build/checks]
+#
+# Needs cmake >= 3.26 and ninja, nm (binutils) and qemu-x86_64 (Debian: qemu-user).
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+build=${1:-$root/build/checks}
+for tool in cmake ninja nm qemu-x86_64; do
+    command -v "$tool" >/dev/null || { echo "run_checks.sh: $tool is not installed" >&2; exit 1; }
+done
+
+configure() { # directory, options…
+    local directory=$1
+    shift
+    cmake -S "$root" -B "$directory" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" \
+        -DREP_FAST_PYTHON=OFF -DREP_FAST_TESTS=ON "$@" >/dev/null
+    cmake --build "$directory"
+}
+
+# An object compiled for a wide set may define only its entry points: a weak symbol (an inline function, a template)
+# could be the copy the linker keeps for every level, an illegal instruction on other machines.
+check_symbols() { # directory
+    local failed=0 object level foreign
+    for object in $(find "$1" -name '*_avx2.cpp.o' -o -name '*_avx512.cpp.o' -o -name '*_avx512_bf16.cpp.o'); do
+        level=$(basename "$object" .cpp.o | sed -E 's/.*_(avx2|avx512|avx512_bf16)$/\1/')
+        foreign=$(nm -C --defined-only "$object" | grep -E '^[0-9a-f]* [A-TV-Zuvw] ' |
+            grep -vE "^[0-9a-f]* [TRD] rep_fast::$level::" || true)
+        if [ -n "$foreign" ]; then
+            echo "$(basename "$object") defines symbols other levels could pick up:" >&2
+            echo "$foreign" >&2
+            failed=1
+        fi
+    done
+    return $failed
+}
+
+configure "$build/release"
+configure "$build/debug" -DCMAKE_BUILD_TYPE=Debug # without optimisation nothing is inlined by luck
+check_symbols "$build/release"
+check_symbols "$build/debug"
+echo "symbols: passed"
+
+"$build/release/rep_fast_tests"
+echo "-- as Haswell"
+qemu-x86_64 -cpu Haswell "$build/release/rep_fast_tests" avx2
+echo "-- as a processor without AVX"
+qemu-x86_64 -cpu qemu64 "$build/release/rep_fast_tests" portable
+
+echo "-- with sanitizers"
+configure "$build/sanitize" -DREP_FAST_SANITIZE=ON
+"$build/sanitize/rep_fast_tests"

@@ -1,0 +1,11 @@
+// One function per test file, called by main.cpp for every instruction set of the machine.
+#pragma once
+
+#include "core/cpu_level.h"
+
+namespace rep_fast::tests {
+
+void test_core();
+void test_whitened_topk(CpuLevel level);
+
+}  // namespace rep_fast::tests
