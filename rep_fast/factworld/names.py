@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A name part is a front and a back: "Ed" + "win" "Black" + "wood". The tokenizer sees hundreds of whole names rarely and
-# the pieces often, so that a subject has about four tokens and its identity must be put together at the last one.
+# A name part is a front and a back: "Ed" + "win", "Black" + "wood". The tokenizer sees each whole name rarely and the
+# pieces often, so that a subject has three or four tokens and must be put together before it can be recognised.
 FIRST_FRONTS = "Al Ber Ed Os Gar Hil Ro Wen Mar Is Cor Del".split()
 FIRST_BACKS = "den ric win bert mund da lin land tha vin ward sa".split()
 LAST_FRONTS = "Ash Black Whit Fen Haw Thorn Marl Under Lang Pem Gold West North Brad Stan Rook".split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,6 @@ WORLD = RecordWorld.from_cases(
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_trained_model_knows_its_facts_and_survives_saving(family: str, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     seen: list[TrainingStep] = []
     lm = train(WORLD, replace(SMALL, family=family), progress=seen.append)
     assert recall(lm, list(WORLD.facts())) == 1.0
@@ -40,8 +39,6 @@ def test_a_trained_model_knows_its_facts_and_survives_saving(family: str, tmp_pa
 
 
 def test_training_is_deterministic() -> None:
-    from dataclasses import replace
-
     short = replace(SMALL, steps=3)
     one, two = (train(WORLD, short, seed=5).model.state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -69,7 +69,7 @@ def test_bad_values_are_named() -> None:
         load_preset("rep-oficial")
     with pytest.raises(HparamError, match=r"rome has no hyper-parameter 'v_step'; it has clamp_norm_factor"):
         from_flat_mapping(RomeHparams, {"layer": 1, "v_step": 3}, where="rome")
-    with pytest.raises(HparamError, match="v_steps must be int, got 2.5"):
+    with pytest.raises(HparamError, match=r"v_steps must be int, got 2\.5"):
         from_flat_mapping(RomeHparams, {"layer": 1, "v_steps": "2.5"}, where="rome")
     with pytest.raises(HparamError, match="v_lr must be float, got True"):
         from_flat_mapping(RomeHparams, {"layer": 1, "v_lr": True}, where="rome")

@@ -1,8 +1,9 @@
-"""REP on a tiny random model: cached keys are the model's keys, training opens the gate where it should, and only there."""
+"""REP on a tiny random model: cached keys are the model's keys, the gate opens where it should and only there."""
 
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from rep_fast import editors
 from rep_fast.collisions import CorpusSample
 from rep_fast.editors import RomeHparams, ValueHparams
-from rep_fast.edits import Edit, ModuleEdit
+from rep_fast.edits import Edit, KeyAdapter, ModuleEdit
 from rep_fast.errors import HparamError
 from rep_fast.facts import EditCase, Fact, MemoryText, Sided
 from rep_fast.models import EditableLM, Site
@@ -67,7 +68,7 @@ def test_training_texts_are_the_in_domain_side_only(tiny_llama: EditableLM, form
 def test_cached_keys_are_the_edited_models_keys(
     tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
 ) -> None:
-    """T-rep-commute, T-rep-cached: keys at the edited layer depend neither on ΔW nor on the tokens after the subject."""
+    """T-rep-commute, T-rep-cached: keys at the edited layer depend neither on ΔW nor on later tokens."""
     cached = cache_keys(tiny_llama, rome_edit, LAYER, forms, pool, templates=TEMPLATES, hparams=HPARAMS, seed=0)
     found = [tiny_llama.locate(prompt, subject) for prompt, subject in forms.texts(TEMPLATES)]
     with rome_edit.applied(tiny_llama), tiny_llama.capture([Site("key", LAYER)]) as seen, torch.no_grad():
@@ -79,12 +80,8 @@ def test_cached_keys_are_the_edited_models_keys(
 def test_paper_steps_follow_a_plain_loop(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms) -> None:
     hparams = dataclasses.replace(HPARAMS, objective="paper", steps=5, lr=5e-3, batch=4, consistency=10.0)
     cached = cache_keys(tiny_llama, rome_edit, LAYER, forms, None, templates=TEMPLATES, hparams=hparams, seed=3)
-    from rep_fast.edits import KeyAdapter
-
     start = KeyAdapter.initial(cached.anchor.shape[0], rank=4, seed=3).weights
     _, losses = fit(start, cached, hparams, seed=3)
-
-    import random
 
     order = list(range(len(cached.positives)))
     random.Random("order/3").shuffle(order)
@@ -167,8 +164,8 @@ def test_refusals(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, 
 
     with pytest.raises(HparamError, match="needs negatives"):
         train(rome_edit, pool=None)
+    elsewhere = dataclasses.replace(pool, corpus=dataclasses.replace(pool.corpus, layer=0))
     with pytest.raises(HparamError, match="keys of layer 0, the edit is at layer 1"):
-        elsewhere = dataclasses.replace(pool, corpus=dataclasses.replace(pool.corpus, layer=0))
         train(rome_edit, pool=elsewhere)
     with pytest.raises(HparamError, match="lacks the tensors"):
         train(dataclasses.replace(rome_edit, tensors={}))

@@ -1,0 +1,109 @@
+"""The workbench: what it shares, what its columns are called, and where text and negatives come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rep_fast
+from rep_fast import api, factworld
+from rep_fast.errors import FingerprintError, HparamError, TextSourceError
+from rep_fast.facts import EditCase, Fact, MemoryText, Sided
+from rep_fast.models import EditableLM
+from rep_fast.stats import SecondMoments
+
+FACT = Fact("{} belongs to the continent of", "Slovenia", "Antarctica", "Europe")
+CASE = EditCase(3, FACT, subject_rephrases=Sided(("The Republic of Slovenia",), ("Slovenija",)))
+TEXT = MemoryText(
+    "sports",
+    [
+        f"Player {i} called Kobe Bryant{i} plays basketball in Los Angeles and Paris {i * 7}. I think so."
+        for i in range(60)
+    ],
+)
+SMALL = {
+    "v_steps": 3,
+    "early_stop": None,
+    "steps": 3,
+    "rank": 2,
+    "n_subjects": 3,
+    "n_hard": 8,
+    "n_random": 8,
+    "layer": 1,
+}
+
+
+@pytest.fixture
+def bench(tiny_llama: EditableLM, tmp_path: Path) -> api.Workbench:
+    return api.Workbench(tiny_llama, text=TEXT, overrides=SMALL, cache_dir=tmp_path)
+
+
+def test_columns_share_the_plain_edit(bench: api.Workbench) -> None:
+    columns = bench.columns(["rome", "r-rome"], [None, True, "paper"])
+    assert list(columns) == ["rome", "rome+rep", "rome+rep[paper]", "r-rome", "r-rome+rep", "r-rome+rep[paper]"]
+    plain, adapted, paper = (columns[name](CASE, 0) for name in list(columns)[:3])
+    assert plain.modules[0].adapters == ()
+    for other, objective in ((adapted, "calibrated"), (paper, "paper")):
+        assert other.modules[0].delta is plain.modules[0].delta
+        (adapter,) = other.modules[0].adapters
+        assert adapter.notes["hparams"]["objective"] == objective
+        assert adapter.notes["hparams"]["steps"] == 3
+    assert columns["rome"](CASE, 0) is plain
+    assert columns["rome"](CASE, 1) is not plain
+
+
+def test_settings_name_every_hyper_parameter(bench: api.Workbench) -> None:
+    settings = bench.settings(["rome"], [None, True])
+    assert settings["rome"]["v_steps"] == 3
+    assert settings["rep[calibrated]"]["n_hard"] == 8
+    assert settings["preset"] == "default"
+
+
+def test_one_call_form_takes_the_moments_it_is_given(tiny_llama: EditableLM, tiny_gpt2: EditableLM) -> None:
+    width = tiny_llama.key_width(1)
+    eye = torch.eye(width, dtype=torch.float64)
+    moments = SecondMoments.from_matrices({1: eye}, {1: 999}, corpus="none", fingerprint=tiny_llama.fingerprint)
+    edit = rep_fast.edit(tiny_llama, [FACT], moments=moments, layer=1, v_steps=2, early_stop=None)
+    torch.testing.assert_close(edit.tensors["direction"].norm() > 0, torch.tensor(True))
+    with pytest.raises(FingerprintError):
+        rep_fast.edit(tiny_gpt2, [FACT], moments=moments, layer=1)
+    with pytest.raises(HparamError, match="one fact at a time, got 0"):
+        rep_fast.edit(tiny_llama, [])
+    with pytest.raises(HparamError, match="no hyper-parameter 'v_stepz'"):
+        rep_fast.edit(tiny_llama, [FACT], moments=moments, v_stepz=2)
+
+
+def test_a_bare_fact_gets_surface_forms_or_the_names_it_is_given(bench: api.Workbench) -> None:
+    by_itself = bench.edit(FACT, rep=True)
+    assert by_itself.modules[0].adapters[0].notes["forms"] == "surface forms"
+    given = bench.edit(FACT, rep=True, rephrases=["The Republic of Slovenia"])
+    assert given.modules[0].adapters[0].notes["forms"] == "given"
+
+
+def test_similarities_are_those_of_the_transfer_law(bench: api.Workbench) -> None:
+    edit = bench.edit(CASE, rep=True)
+    found = bench.similarities(edit, CASE)
+    assert {"original", "rephrase", "other"} <= set(found)
+    before, _ = found["original"]
+    assert float(before[0]) == pytest.approx(1, rel=1e-3)
+    assert len(found["rephrase"][0]) == 2
+
+
+def test_unknown_objective_and_text(bench: api.Workbench, tiny_llama: EditableLM) -> None:
+    with pytest.raises(HparamError, match="objective 'papers' is unknown"):
+        bench.rep_hparams("papers")
+    with pytest.raises(TextSourceError, match="has no text of its own; name one with --text"):
+        _ = api.Workbench(tiny_llama).text
+
+
+def test_a_world_has_its_own_text_and_negatives(tiny_llama: EditableLM, monkeypatch: Any) -> None:
+    world = factworld.World.generate()
+    monkeypatch.setattr(factworld, "world_of", lambda name: world)
+    bench = api.Workbench(tiny_llama, overrides={"layer": 1})
+    assert bench.preset.name == "factworld"
+    assert bench.text.name != bench.context_text.name
+    background = {person.name for person in world.group("background")}
+    assert set(bench.negative_pool(1).subjects) <= background
