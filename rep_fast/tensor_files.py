@@ -42,7 +42,8 @@ def save_tensors(
         canonical = json.dumps(header, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise OutputError(f"the description for {path} cannot be stored as JSON: {error}") from None
-    metadata = {_HEADER: canonical, "digest": _digest(canonical, stored)}
+    # one entry: safetensors writes several in random order, and equal content shall give equal files
+    metadata = {_HEADER: f"{_digest(canonical, stored)}\n{canonical}"}
     with replacing(path) as temporary:
         try:
             save_file(stored, temporary, metadata=metadata)
@@ -62,21 +63,21 @@ def load_tensors(path: str | Path, *, kind: str, version: int) -> tuple[dict[str
         raise MissingFileError(f"there is no {kind} file {path}; check the name")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            header = _header(path, metadata, kind=kind, version=version)
+            digest, _, canonical = (file.metadata() or {}).get(_HEADER, "").partition("\n")
+            header = _header(path, canonical, kind=kind, version=version)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         if isinstance(error, CorruptFileError):
             raise
         raise CorruptFileError(f"{path} is damaged or no {kind} file ({error}); make it again") from None
-    if _digest(metadata[_HEADER], tensors) != metadata.get("digest"):
+    if _digest(canonical, tensors) != digest:
         raise CorruptFileError(f"{path} was altered: its content does not match its digest; make it again")
     return header["description"], tensors
 
 
-def _header(path: Path, metadata: Mapping[str, str], *, kind: str, version: int) -> dict[str, Any]:
+def _header(path: Path, canonical: str, *, kind: str, version: int) -> dict[str, Any]:
     try:
-        header = json.loads(metadata[_HEADER])
+        header = json.loads(canonical)
         found_kind, found_version = header["kind"], int(header["version"])
     except (KeyError, TypeError, ValueError):
         raise CorruptFileError(f"{path} was not written by rep_fast, or is damaged; expected a {kind} file") from None

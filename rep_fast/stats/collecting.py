@@ -135,6 +135,7 @@ def collect_moments(
         fingerprint=lm.fingerprint,
         model_name=lm.name,
         settings=store.settings,
+        device=lm.device,
     )
 
 

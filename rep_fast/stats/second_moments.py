@@ -36,6 +36,7 @@ class SecondMoments:
         fingerprint: of the model.
         model_name: for messages.
         settings: how they were collected; JSON values only.
+        device: where solvers work unless told otherwise; that of the model when collected or loaded with one.
     Raises:
         LayerError: layers of triangles and counts differ, or a triangle has an impossible length.
         NonFiniteError: a triangle holds NaN or infinity.
@@ -50,6 +51,7 @@ class SecondMoments:
         fingerprint: str,
         model_name: str = "",
         settings: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if not triangles or triangles.keys() != counts.keys():
             raise LayerError(f"second moments for layers {sorted(triangles)} but counts for {sorted(counts)}")
@@ -62,7 +64,8 @@ class SecondMoments:
         self.fingerprint = fingerprint
         self.model_name = model_name
         self.settings = dict(settings or {})
-        self._triangles = {layer: triangles[layer] for layer in sorted(triangles)}
+        self.device = torch.device(device)
+        self._triangles = {layer: triangles[layer].cpu() for layer in sorted(triangles)}
         self._counts = {layer: int(counts[layer]) for layer in sorted(counts)}
         self._solvers: dict[tuple[Any, ...], SpdSolver] = {}
 
@@ -148,7 +151,7 @@ class SecondMoments:
         return width_of(self._triangle(layer))
 
     def second_moment(self, layer: int) -> Tensor:
-        """C [M, M], float64, exactly symmetric, on the CPU unless the triangles were elsewhere."""
+        """C [M, M], float64, exactly symmetric, on the CPU."""
         return unpacked(self._triangle(layer))
 
     def solver(
@@ -165,14 +168,15 @@ class SecondMoments:
             ridge: r of C + r·tr(C)/M·I. None: 0, and where C is singular in spite of enough tokens (neurons that never
                 fire) the smallest of 1e-8, 1e-7 … that helps, with a warning; `solver.report` says which.
             precision: "fp32" (refined to a small residual) or "fp64".
-            device: where to factor and solve; default where C is.
+            device: where to factor and solve; default `self.device`.
         Raises:
             LayerError: no second moment of that layer.
             SingularMomentError: fewer tokens than M and no ridge, or no ridge helps.
         """
-        key = (layer, ridge, precision, str(device))
+        place = self.device if device is None else torch.device(device)
+        key = (layer, ridge, precision, place)
         if key not in self._solvers:
-            moment, count = self.second_moment(layer).to(device), self._counts[layer]
+            moment, count = self.second_moment(layer).to(place), self._counts[layer]
             chosen = ("auto" if count >= moment.shape[0] else None) if ridge is None else ridge
             solver = SpdSolver.factor(moment, precision=precision, ridge=chosen, token_count=count)
             if ridge is None and solver.report.ridge:
@@ -207,7 +211,7 @@ class SecondMoments:
         counts = {layer: self._counts[layer] + other._counts[layer] for layer in self.layers}
         triangles = {}
         for layer, total in counts.items():
-            mine, theirs = self._triangles[layer], other._triangles[layer].to(self._triangles[layer].device)
+            mine, theirs = self._triangles[layer], other._triangles[layer]
             pooled = mine.double() * (self._counts[layer] / total) + theirs.double() * (other._counts[layer] / total)
             triangles[layer] = pooled.to(mine.dtype)
         return SecondMoments(
@@ -217,6 +221,7 @@ class SecondMoments:
             fingerprint=self.fingerprint,
             model_name=self.model_name,
             settings=self.settings,
+            device=self.device,
         )
 
     def save(self, path: str | Path) -> None:
@@ -243,6 +248,7 @@ class SecondMoments:
         moments = load_moments(path)
         if lm is not None:
             moments.check_model(lm)
+            moments.device = lm.device
         return moments
 
     def _triangle(self, layer: int) -> Tensor:
