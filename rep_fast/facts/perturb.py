@@ -113,13 +113,15 @@ def shuffled_subjects(
     ids = list(encode(subject))
     wanted = min(MAX_SHUFFLES, math.factorial(len(ids)) - 1) if len(ids) < 20 else MAX_SHUFFLES
     found: list[str] = []
-    seen = {subject, decode(ids).strip()}
+
+    def joined(permuted: Sequence[int]) -> str:
+        return ("".join(token_strings(permuted)) if join == "raw" and token_strings else decode(permuted)).strip()
+
+    seen = {subject, joined(ids)}
     for order in _permutations(len(ids), random.Random(f"{seed}:{subject}")):
         if len(found) == wanted:
             break
-        permuted = [ids[place] for place in order]
-        name = "".join(token_strings(permuted)) if join == "raw" and token_strings else decode(permuted)
-        name = name.strip()
+        name = joined([ids[place] for place in order])
         torn = "\ufffd" in name and "\ufffd" not in subject
         if name and not torn and name not in seen:
             seen.add(name)

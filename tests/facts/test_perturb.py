@@ -168,3 +168,16 @@ def test_a_restarted_process_draws_the_same() -> None:
     }
     here = perturb(case(), encode=encode, decode=decode, text=TEXT, seed=3, n_words=6)
     assert outputs == {f"{here}\n"}
+
+
+def test_raw_join_never_gives_the_subject_back() -> None:
+    subject = "a b a b a b b"  # 35 arrangements of more tokens than are enumerated
+
+    def token_strings(ids: Sequence[int]) -> list[str]:
+        return ["▁" + word for word in decode(ids).split()]
+
+    itself = "".join(token_strings(encode(subject)))
+    for seed in range(30):
+        found = shuffled_subjects(subject, encode, decode, seed=seed, join="raw", token_strings=token_strings)
+        assert len(found) == 10
+        assert itself not in found
