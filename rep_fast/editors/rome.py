@@ -183,4 +183,5 @@ def _as_edit(
         modules=(ModuleEdit(hparams.layer, LowRank(delta.left.to(dtype), delta.right.to(dtype))),),
         notes=notes,
         tensors=tensors,
+        model_name=lm.name,
     )
