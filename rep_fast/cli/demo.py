@@ -43,7 +43,7 @@ def demo(
         check_writable(out)
         watch = Stopwatch()
         screen.interrupted = "interrupted; the page was not written, what was gathered for it is kept in the cache"
-        lm = open_model(screen, model, device=device)
+        lm = open_model(model, device=device)
         bench = open_workbench(screen, lm)
         cases = choose_cases(screen, lm, None, split="test", limit=limit)
         watch.lap("load the model")

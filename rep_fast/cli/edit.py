@@ -26,6 +26,7 @@ from rep_fast.cli.options import (
     JsonOption,
     LayersOption,
     ModelOption,
+    MomentsOption,
     PresetOption,
     PromptOption,
     SeedOption,
@@ -65,6 +66,7 @@ def edit(
     ] = None,
     save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Keep the edit (safetensors).")] = None,
     text: TextOption = None,
+    moments: MomentsOption = None,
     layers: LayersOption = None,
     preset: PresetOption = None,
     set_: SetOption = None,
@@ -82,8 +84,8 @@ def edit(
         watch = Stopwatch()
         fact = Fact(prompt, subject, target)
         names = None if rephrases is None else read_rephrases(rephrases, fact.subject)
-        lm = open_model(screen, model, device=device, dtype=dtype)
-        bench = open_workbench(screen, lm, text=text, preset=preset, overrides=overrides, layer=layer)
+        lm = open_model(model, device=device, dtype=dtype)
+        bench = open_workbench(screen, lm, text=text, preset=preset, overrides=overrides, layer=layer, moments=moments)
         objective = rep_objective or (True if rep else None)
         watch.lap("load")
         bench.prepare([method], rep=objective is not None, seeds=[seed])

@@ -18,6 +18,7 @@ from rep_fast.cli.options import (
     LayersOption,
     LimitOption,
     ModelOption,
+    MomentsOption,
     PresetOption,
     SetOption,
     SkipBadOption,
@@ -49,6 +50,7 @@ def evaluate(
     seeds: Annotated[str, typer.Option("--seeds", metavar="S", help="Seeds, separated by commas.")] = "0",
     seed: Annotated[int | None, typer.Option("--seed", help="Short for --seeds with one.")] = None,
     text: TextOption = None,
+    moments: MomentsOption = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep every result; can be resumed.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     preset: PresetOption = None,
@@ -68,9 +70,9 @@ def evaluate(
         from rep_fast.evaluation import evaluate_single
 
         watch = Stopwatch()
-        lm = open_model(screen, model, device=device, dtype=dtype)
+        lm = open_model(model, device=device, dtype=dtype)
         chosen = choose_cases(screen, lm, cases, split=split, limit=limit, skip_bad=skip_bad)
-        bench = open_workbench(screen, lm, text=text, preset=preset, overrides=overrides, layer=layer)
+        bench = open_workbench(screen, lm, text=text, preset=preset, overrides=overrides, layer=layer, moments=moments)
         methods, objectives = names(method), _objectives(rep, rep_objective)
         columns, described = bench.columns(methods, objectives), bench.settings(methods, objectives)
         watch.lap("load")

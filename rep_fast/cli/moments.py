@@ -43,7 +43,7 @@ def moments(
         from rep_fast.stats import SecondMoments
 
         watch = Stopwatch()
-        lm = open_model(screen, model, device=device, dtype=dtype)
+        lm = open_model(model, device=device, dtype=dtype)
         source = text_source(text, lm)
         watch.lap("load")
         screen.interrupted = "interrupted; what was gathered is kept in the cache: run the same command to go on"

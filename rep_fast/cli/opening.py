@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from rep_fast.models import EditableLM
 
 
-def open_model(screen: Screen, name: str, *, device: str | None = None, dtype: str | None = None) -> EditableLM:
-    """The model, saying so when its start takes a while; local ones load without transformers' own bars."""
+def open_model(name: str, *, device: str | None = None, dtype: str | None = None) -> EditableLM:
+    """The model; local ones load without transformers' own bars."""
     import transformers
 
     from rep_fast.api import load_model
@@ -43,11 +43,21 @@ def open_workbench(
     preset: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     layer: int | None = None,
+    moments: Path | None = None,
 ) -> Workbench:
-    """A workbench whose long steps show on the screen."""
-    from rep_fast.api import Workbench
+    """A workbench whose long steps show on the screen.
 
-    return Workbench(lm, text=text, preset=preset, overrides=overrides, layer=layer, progress=screen.progress)
+    Raises:
+        FingerprintError: the file of second moments is another model's. CorruptFileError, MissingFileError: it is
+            damaged or absent.
+    """
+    from rep_fast.api import Workbench
+    from rep_fast.stats import SecondMoments
+
+    bench = Workbench(lm, text=text, preset=preset, overrides=overrides, layer=layer, progress=screen.progress)
+    if moments is not None:
+        bench.use_moments(SecondMoments.load(moments, lm))
+    return bench
 
 
 def choose_cases(

@@ -33,6 +33,12 @@ TextOption = Annotated[
     ),
 ]
 LayersOption = Annotated[str | None, typer.Option("--layers", metavar="L", help="Layer numbers, the first is 0.")]
+MomentsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--moments", metavar="FILE", help="Second moments saved by rep-fast moments --out; default: the cache."
+    ),
+]
 PresetOption = Annotated[str | None, typer.Option("--preset", help="Hyper-parameters by name.")]
 SetOption = Annotated[
     list[str] | None,

@@ -18,6 +18,7 @@ from rep_fast.cli.options import (
     LayersOption,
     LimitOption,
     ModelOption,
+    MomentsOption,
     PresetOption,
     SkipBadOption,
     SplitOption,
@@ -40,6 +41,7 @@ def scan(
     limit: LimitOption = None,
     skip_bad: SkipBadOption = False,
     text: TextOption = None,
+    moments: MomentsOption = None,
     layers: LayersOption = None,
     top: Annotated[int, typer.Option("--top", help="Collisions per subject.")] = 10,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Scan only the first so many tokens.")] = None,
@@ -55,18 +57,18 @@ def scan(
         from rep_fast.collisions import scan as scan_corpus
 
         watch = Stopwatch()
-        lm = open_model(screen, model, device=device, dtype=dtype)
+        lm = open_model(model, device=device, dtype=dtype)
         chosen = choose_cases(screen, lm, cases, split=split, limit=limit, skip_bad=skip_bad)
-        bench = open_workbench(screen, lm, text=text, preset=preset, layer=layer)
+        bench = open_workbench(screen, lm, text=text, preset=preset, layer=layer, moments=moments)
         layer = bench.layer("rome")
         watch.lap("load")
-        moments = bench.moments([layer])
+        collected = bench.moments([layer])
         watch.lap("moments")
         found = scan_corpus(
             lm,
             [case.fact for case in chosen],
             bench.text,
-            moments,
+            collected,
             layer,
             top=top,
             tokens=tokens,

@@ -46,7 +46,7 @@ def trace(
 
         watch = Stopwatch()
         fact = Fact(prompt, subject, target)
-        lm = open_model(screen, model, device=device, dtype=dtype)
+        lm = open_model(model, device=device, dtype=dtype)
         watch.lap("load")
         scores = score_nodes(lm, fact, score=score, k_node=k_node)
         watch.lap("trace")

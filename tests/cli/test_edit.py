@@ -1,0 +1,65 @@
+"""`rep-fast edit` on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rep_fast import Edit
+from rep_fast.cli.edit import read_rephrases
+from rep_fast.errors import RecordError
+
+
+def test_prints_one_json_object_and_saves_the_edit(rep_fast, tiny_model, corpus, fact, settings, tmp_path):
+    saved = tmp_path / "edit.safetensors"
+    done = rep_fast("edit", "--model", tiny_model, *fact, "--text", corpus, *settings, "--save", saved, "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert found["fact"]["subject"] == "Slovenia"
+    assert found["layers"] == [1]
+    assert found["rep"] is None
+    assert {"model", "method", "before", "after", "answers", "timing", "saved"} <= found.keys()
+    assert Edit.load(saved).facts[0].target_new == "Antarctica"
+
+
+def test_says_what_rep_was_trained_on(rep_fast, tiny_model, corpus, fact, settings, tmp_path):
+    bare = rep_fast("edit", "--model", tiny_model, *fact, "--text", corpus, *settings, "--rep")
+    assert bare.code == 0, bare.err
+    assert "simple surface forms" in bare.out
+    assert "rome+rep" in bare.out
+    names = tmp_path / "names.txt"
+    names.write_text("the Republic of Slovenia\n\nSlovenija\n")
+    given = rep_fast(
+        "edit", "--model", tiny_model, *fact, "--text", corpus, *settings,
+        "--rep-objective", "paper", "--rephrases", names, "--json",
+    )  # fmt: skip
+    assert given.code == 0, given.err
+    assert given.json["rep"]["objective"] == "paper"
+    assert given.json["rep"]["rephrases"] == ["the Republic of Slovenia", "Slovenija"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["Slovenija\nthe Republic\n", '["Slovenija", "the Republic"]', '{"Slovenia": ["Slovenija", "the Republic"]}'],
+)
+def test_reads_rephrases_from_lines_and_json(tmp_path, content):
+    path = tmp_path / "names"
+    path.write_text(content)
+    assert read_rephrases(path, "Slovenia") == ["Slovenija", "the Republic"]
+
+
+@pytest.mark.parametrize("content", ["\n \n", "[1, 2]", '{"Other": ["x"]}', "[unfinished"])
+def test_refuses_rephrases_without_names(tmp_path, content):
+    path = tmp_path / "names"
+    path.write_text(content)
+    with pytest.raises(RecordError, match=str(path)):
+        read_rephrases(path, "Slovenia")
+
+
+def test_repeats_itself_with_the_same_seed(rep_fast, tiny_model, corpus, fact, settings):
+    command = ["edit", "--model", tiny_model, *fact, "--text", corpus, *settings, "--rep", "--seed", "3", "--json"]
+    runs = [rep_fast(*command).json for _ in range(2)]
+    for run in runs:
+        del run["timing"], run["warnings"]  # a cached second moment warns of nothing
+    assert json.dumps(runs[0]) == json.dumps(runs[1])

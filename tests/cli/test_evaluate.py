@@ -1,0 +1,131 @@
+"""`rep-fast evaluate`: the JSON object scripts rely on, run directories, resuming."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+METRICS = ("success", "locality", "paraphrase") + tuple(
+    f"{kind}_{side}" for kind in ("rephrase", "shuffle", "long") for side in ("id", "ood")
+)
+
+
+@pytest.fixture
+def command(tiny_model, corpus, case_file, settings):
+    """An evaluation of two records."""
+    return [
+        "evaluate", "--model", tiny_model, "--cases", case_file, "--limit", "2", "--method", "rome", "--text", corpus,
+        "--preset", "factworld", *settings,
+    ]  # fmt: skip
+
+
+def test_prints_the_object_scripts_rely_on(rep_fast, command):
+    done = rep_fast(*command, "--rep", "--rep-objective", "paper", "--seeds", "0,1", "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert {"model", "cases", "seeds", "backend", "timing", "metrics"} <= found.keys()
+    assert found["cases"] == 2
+    assert found["seeds"] == [0, 1]
+    assert list(found["metrics"]) == ["rome", "rome+rep", "rome+rep[paper]"]
+    for column in found["metrics"].values():
+        for name in METRICS:
+            assert column[name].keys() == {"mean", "std", "n"}
+            assert 0.0 <= column[name]["mean"] <= 100.0
+    assert found["metrics"]["rome"]["success"]["n"] == 4
+    assert found["failures"] == {column: [] for column in found["metrics"]}
+
+
+def test_metrics_without_prompts_are_null(rep_fast, command, case_file):
+    records = json.loads(case_file.read_text())
+    for record in records:
+        record["rephrase_prompt"] = None
+    case_file.write_text(json.dumps(records))
+    found = rep_fast(*command, "--json").json
+    assert found["metrics"]["rome"]["paraphrase"] == {"mean": None, "std": None, "n": 0}
+
+
+def test_a_run_directory_is_resumed_and_not_overwritten(rep_fast, command, tmp_path):
+    out = tmp_path / "run"
+    first = rep_fast(*command, "--out", out, "--json")
+    assert first.code == 0, first.err
+    lines = (out / "results.jsonl").read_text().splitlines()
+    (out / "results.jsonl").write_text(lines[0] + "\n")
+
+    again = rep_fast(*command, "--out", out)
+    assert again.code == 1
+    assert "--resume" in again.err
+    assert (out / "results.jsonl").read_text() == lines[0] + "\n"
+
+    resumed = rep_fast(*command, "--out", out, "--resume", "--json")
+    assert resumed.code == 0, resumed.err
+    assert resumed.json["metrics"] == first.json["metrics"]
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_resuming_with_other_settings_is_refused_by_name(rep_fast, command, tmp_path):
+    out = tmp_path / "run"
+    assert rep_fast(*command, "--out", out).code == 0
+    before = (out / "results.jsonl").read_bytes()
+    other = rep_fast(*command, "--seeds", "1", "--out", out, "--resume")
+    assert other.code == 1
+    assert "seeds" in other.err
+    assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_an_interruption_says_what_is_kept(rep_fast, command, tmp_path, monkeypatch):
+    from rep_fast.cli.screen import Screen
+
+    def interrupt(self, label, done, total):
+        if label == "evaluate":
+            raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Screen, "progress", interrupt)
+        done = rep_fast(*command, "--out", out)
+    assert done.code == 1
+    assert str(out) in done.err
+    assert "--resume" in done.err
+    assert len((out / "results.jsonl").read_text().splitlines()) == 1
+    assert rep_fast(*command, "--out", out, "--resume").code == 0
+
+
+def test_the_table_names_every_column(rep_fast, command):
+    done = rep_fast(*command, "--rep")
+    assert done.code == 0, done.err
+    for word in ("rome", "rome+rep", "rephrase_ood", "REP"):
+        assert word in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--seeds", "a"], "whole numbers"),
+        (["--layers", "1,2"], "one"),
+        (["--set", "v_steps"], "NAME=VALUE"),
+        (["--resume"], "--out"),
+    ],
+)
+def test_usage_errors_have_status_2(rep_fast, command, options, word):
+    done = rep_fast(*command, *options)
+    assert done.code == 2
+    assert word in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--method", "magic"], "magic"),
+        (["--rep-objective", "other"], "other"),
+        (["--set", "no_such=1"], "no_such"),
+        (["--preset", "nowhere"], "nowhere"),
+        (["--layers", "99"], "99"),
+    ],
+)
+def test_unknown_names_are_told_in_one_sentence(rep_fast, command, options, word):
+    done = rep_fast(*command, *options)
+    assert done.code == 1
+    assert done.err.strip().splitlines()[-1].startswith("error: ")
+    assert word in done.err
+    assert "Traceback" not in done.err
