@@ -1,8 +1,8 @@
 // Dot products of a block of keys with a block of weight rows, both row-major as they come: nothing is repacked.
 //
 // V is a Simd struct of internal linkage, so every instantiation has internal linkage too. Lane i of a sum takes the
-// products k ≡ i (mod kLanes) in ascending order, whatever the tile: the bits do not depend on how many tokens or rows
-// are multiplied together.
+// products k ≡ i (mod kLanes) in ascending order and the lanes are folded once, at the end of the row: the bits depend
+// neither on how many tokens or rows are multiplied together nor on the blocks of depth.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,10 @@
 
 namespace rep_fast {
 
-// sums[t, h] (+)= Σ_{k < depth} keys[t, k] · weights[h, k]; `first` overwrites instead of adding.
+inline constexpr std::int64_t kMaxLanes = 16;
+
+// Part of products[t, h] = Σ_k keys[t, k] · weights[h, k], one block of depth. Unfinished sums rest in `lanes`
+// [n_tokens, n_hidden, kMaxLanes] between blocks; `lanes` is not touched when a block is both first and last.
 template <class W>
 struct DotBlock {
     const float* keys;
@@ -20,10 +23,12 @@ struct DotBlock {
     const W* weights;
     std::int64_t weight_stride;
     std::int64_t n_hidden;
-    std::int64_t depth;
-    float* sums;
-    std::int64_t sum_stride;
+    std::int64_t depth;  // a multiple of kMaxLanes unless `last`
+    float* lanes;
+    float* products;
+    std::int64_t product_stride;
     bool first;
+    bool last;
 };
 
 // The last depth % kLanes elements, zeros after them.
@@ -40,10 +45,11 @@ template <class V, int kTokens, int kHidden, class W>
 [[gnu::always_inline]] inline void dot_tile(const DotBlock<W>& block, std::int64_t t0, std::int64_t h0) {
     const float* const keys = block.keys + t0 * block.key_stride;
     const W* const weights = block.weights + h0 * block.weight_stride;
+    float* const lanes = block.lanes + (t0 * block.n_hidden + h0) * kMaxLanes;
     typename V::Vector sums[kTokens][kHidden];
     for (int t = 0; t < kTokens; ++t) {
         for (int h = 0; h < kHidden; ++h) {
-            sums[t][h] = V::zero();
+            sums[t][h] = block.first ? V::zero() : V::load(lanes + (t * block.n_hidden + h) * kMaxLanes);
         }
     }
     std::int64_t k = 0;
@@ -66,8 +72,11 @@ template <class V, int kTokens, int kHidden, class W>
                 sums[t][h] = V::multiply_add(load_tail<V>(keys + t * block.key_stride + k, rest),
                                              load_tail<V>(weights + h * block.weight_stride + k, rest), sums[t][h]);
             }
-            float* const sum = block.sums + (t0 + t) * block.sum_stride + h0 + h;
-            *sum = block.first ? V::sum(sums[t][h]) : *sum + V::sum(sums[t][h]);
+            if (block.last) {
+                block.products[(t0 + t) * block.product_stride + h0 + h] = V::sum(sums[t][h]);
+            } else {
+                V::store(lanes + (t * block.n_hidden + h) * kMaxLanes, sums[t][h]);
+            }
         }
     }
 }

@@ -7,6 +7,7 @@
 #include <functional>
 #include <vector>
 
+#include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "core/work_queue.h"
 #include "cpu/simd_portable.h"
@@ -30,18 +31,22 @@ constexpr GatedAdapterKernels kGatedAdapter = {dots_f32, dots_bf16};
 
 namespace {
 
-constexpr std::int64_t kTokenBlock = 64;
+constexpr std::int64_t kTokenBlock = 32;
 constexpr std::int64_t kHiddenPanel = 48;  // divisible by every kDotHidden
-constexpr std::int64_t kDepthBlock = 1024;
+// A strip of 6 weight rows and a tile of 4 keys of this depth (20 KB) stay in the first-level cache.
+constexpr std::int64_t kDepthBlock = 512;
+// Up to this many tokens the weights are read once anyway: whole rows, no unfinished sums.
+constexpr std::int64_t kWholeRowTokens = 4;
 // From this many tokens on, 16-bit weights are widened once per panel instead of once per tile of tokens.
 constexpr std::int64_t kWidenTokens = 16;
 // Multiply-adds that pay for starting one more thread (tens of microseconds).
 constexpr std::int64_t kWorkPerThread = std::int64_t{1} << 21;
 
 struct Scratch {
-    std::vector<float> keys;     // [kTokenBlock, kDepthBlock]
-    std::vector<float> weights;  // [kHiddenPanel, kDepthBlock]
-    std::vector<float> sums;     // [kTokenBlock, kHiddenPanel]
+    AlignedBuffer keys;      // [kTokenBlock, depth]
+    AlignedBuffer weights;   // [kHiddenPanel, depth]
+    AlignedBuffer lanes;     // [kTokenBlock, kHiddenPanel, kMaxLanes]
+    AlignedBuffer products;  // [kTokenBlock, kHiddenPanel]
 };
 
 // Rows of float32: the matrix itself, or a widened copy of one block of it.
@@ -51,22 +56,22 @@ struct Rows {
 };
 
 Rows widened(const MatrixView<const float>& matrix, std::int64_t row, std::int64_t, std::int64_t col, std::int64_t,
-             std::vector<float>&) {
+             AlignedBuffer&) {
     return {matrix.row(row) + col, matrix.row_stride};
 }
 
 template <class T>
 Rows widened(const MatrixView<const T>& matrix, std::int64_t row, std::int64_t n_rows, std::int64_t col,
-             std::int64_t n_cols, std::vector<float>& scratch) {
-    scratch.resize(static_cast<std::size_t>(n_rows * n_cols));
+             std::int64_t n_cols, AlignedBuffer& scratch) {
+    float* const copy = scratch.reserve(n_rows * n_cols);
     for (std::int64_t i = 0; i < n_rows; ++i) {
         const T* const from = matrix.row(row + i) + col;
-        float* const to = scratch.data() + i * n_cols;
+        float* const to = copy + i * n_cols;
         for (std::int64_t j = 0; j < n_cols; ++j) {
             to[j] = to_float(from[j]);
         }
     }
-    return {scratch.data(), n_cols};
+    return {copy, n_cols};
 }
 
 void run_dots(const GatedAdapterKernels& kernels, const DotBlock<float>& block) {
@@ -82,20 +87,24 @@ struct Task {
     std::int64_t t0, n_tokens, h0, n_hidden;
 };
 
-// sums[n_tokens, sum_stride] = keys · weightsᵀ of one task.
+// products[n_tokens, product_stride] = keys · weightsᵀ of one task.
 template <class K, class W>
 void task_dots(const GatedAdapterKernels& kernels, const MatrixView<const K>& keys, const MatrixView<const W>& weights,
-               const Task& task, Scratch& scratch, float* sums, std::int64_t sum_stride) {
-    for (std::int64_t k = 0; k < keys.cols; k += kDepthBlock) {
-        const std::int64_t depth = std::min(kDepthBlock, keys.cols - k);
+               const Task& task, Scratch& scratch, float* products, std::int64_t product_stride) {
+    const std::int64_t block_depth = task.n_tokens <= kWholeRowTokens ? keys.cols : kDepthBlock;
+    float* const lanes = scratch.lanes.reserve(kTokenBlock * kHiddenPanel * kMaxLanes);
+    for (std::int64_t k = 0; k < keys.cols; k += block_depth) {
+        const std::int64_t depth = std::min(block_depth, keys.cols - k);
+        const bool last = k + depth == keys.cols;
         const Rows key = widened(keys, task.t0, task.n_tokens, k, depth, scratch.keys);
         if (std::is_same_v<W, float> || task.n_tokens >= kWidenTokens) {
             const Rows weight = widened(weights, task.h0, task.n_hidden, k, depth, scratch.weights);
             kernels.dots_f32({key.data, key.stride, task.n_tokens, weight.data, weight.stride, task.n_hidden, depth,
-                              sums, sum_stride, k == 0});
+                              lanes, products, product_stride, k == 0, last});
         } else {
-            run_dots(kernels, DotBlock<W>{key.data, key.stride, task.n_tokens, weights.row(task.h0) + k,
-                                          weights.row_stride, task.n_hidden, depth, sums, sum_stride, k == 0});
+            run_dots(kernels,
+                     DotBlock<W>{key.data, key.stride, task.n_tokens, weights.row(task.h0) + k, weights.row_stride,
+                                 task.n_hidden, depth, lanes, products, product_stride, k == 0, last});
         }
     }
 }
@@ -123,12 +132,12 @@ float gelu(float x) {
 }
 
 // Adds the panel's part of each token's logit, in double.
-void add_gate(const GateInput& input, const Task& task, const float* sums, double* partial) {
+void add_gate(const GateInput& input, const Task& task, const float* products, double* partial) {
     for (std::int64_t t = 0; t < task.n_tokens; ++t) {
         double logit = 0.0;
         for (std::int64_t h = 0; h < task.n_hidden; ++h) {
             const auto row = static_cast<std::size_t>(task.h0 + h);
-            const float activation = gelu(sums[t * kHiddenPanel + h] + input.b1[row]);
+            const float activation = gelu(products[t * kHiddenPanel + h] + input.b1[row]);
             logit += static_cast<double>(activation) * static_cast<double>(input.w2[row]);
         }
         partial[task.t0 + t] = logit;
@@ -157,9 +166,9 @@ std::int64_t gate_logits(const GateInput& input, std::span<float> logits, CpuLev
             std::vector<double> partial(static_cast<std::size_t>(n_panels * keys.rows));
             for_each_task(keys.rows, w1.rows, keys.cols, n_threads,
                           [&](const Task& task, std::int64_t panel, Scratch& scratch) {
-                              scratch.sums.resize(kTokenBlock * kHiddenPanel);
-                              task_dots(kernels, keys, w1, task, scratch, scratch.sums.data(), kHiddenPanel);
-                              add_gate(input, task, scratch.sums.data(), partial.data() + panel * keys.rows);
+                              float* const products = scratch.products.reserve(kTokenBlock * kHiddenPanel);
+                              task_dots(kernels, keys, w1, task, scratch, products, kHiddenPanel);
+                              add_gate(input, task, products, partial.data() + panel * keys.rows);
                           });
             for (std::int64_t t = 0; t < keys.rows; ++t) {
                 double logit = static_cast<double>(input.b2);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "core/work_queue.h"
 #include "cpu/panel_product.h"
@@ -34,19 +35,19 @@ void abs_product_sum(const MatrixView<const float>& a, const MatrixView<const fl
                    "sums must have " << b.cols << " entries, got " << sums.size());
     const PackedScoresKernels& kernels = at_level(packed_scores_table(), level).kernels;
     const std::int64_t n_left = panels_of(a.cols);
-    std::vector<float> left(static_cast<std::size_t>(n_left * a.rows * kPanel));
+    AlignedBuffer left_panels;
+    float* const left = left_panels.reserve(n_left * a.rows * kPanel);
     run_blocks(n_left, n_threads, [&](std::int64_t panel, int) {
-        pack_panel(a, 0, a.rows, panel * kPanel, left.data() + panel * a.rows * kPanel);
+        pack_panel(a, 0, a.rows, panel * kPanel, left + panel * a.rows * kPanel);
     });
-    std::vector<std::vector<float>> right(static_cast<std::size_t>(std::max(n_threads, 1)));
+    std::vector<AlignedBuffer> right(static_cast<std::size_t>(std::max(n_threads, 1)));
     run_blocks(panels_of(b.cols), n_threads, [&](std::int64_t panel, int worker) {
-        auto& packed = right[static_cast<std::size_t>(worker)];
-        packed.resize(static_cast<std::size_t>(b.rows * kPanel));
-        pack_panel(b, 0, b.rows, panel * kPanel, packed.data());
+        float* const packed = right[static_cast<std::size_t>(worker)].reserve(b.rows * kPanel);
+        pack_panel(b, 0, b.rows, panel * kPanel, packed);
         double totals[kPanel] = {};
         for (std::int64_t p = 0; p < n_left; ++p) {
             float column_sums[kPanel];
-            kernels.abs_sum(left.data() + p * a.rows * kPanel, packed.data(), b.rows, column_sums);
+            kernels.abs_sum(left + p * a.rows * kPanel, packed, b.rows, column_sums);
             for (std::int64_t j = 0; j < kPanel; ++j) {
                 totals[j] += static_cast<double>(column_sums[j]);
             }

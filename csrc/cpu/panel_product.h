@@ -90,29 +90,26 @@ template <class V>
     }
 }
 
-// column_sums[48] = Σ_p |Aᵀ B|[p, ·] over the 48 columns p of A; the product never leaves the registers.
+// Rows multiplied at a time: two panel pieces of this depth (24 KB) stay in the first-level cache.
+inline constexpr std::int64_t kPanelDepth = 64;
+
+// column_sums[48] = Σ_p |Aᵀ B|[p, ·] over the 48 columns p of A; one tile of the product exists at a time.
 template <class V>
 [[gnu::always_inline]] inline void panel_abs_sum(const float* a, const float* b, std::int64_t depth,
                                                  float* column_sums) {
-    constexpr std::int64_t kCols = V::kPanelVectors * V::kLanes;
-    for (std::int64_t q0 = 0; q0 < kPanel; q0 += kCols) {
-        typename V::Vector totals[V::kPanelVectors];
-        for (int q = 0; q < V::kPanelVectors; ++q) {
-            totals[q] = V::zero();
+    alignas(64) float tile[kPanel * kPanel];
+    std::int64_t k = 0;
+    do {
+        const std::int64_t rows = depth - k < kPanelDepth ? depth - k : kPanelDepth;
+        panel_product<V>(a + k * kPanel, b + k * kPanel, rows, tile, k == 0);
+        k += rows;
+    } while (k < depth);
+    for (std::int64_t q = 0; q < kPanel; q += V::kLanes) {
+        typename V::Vector total = V::zero();
+        for (std::int64_t p = 0; p < kPanel; ++p) {
+            total = V::add(total, V::absolute(V::load(tile + p * kPanel + q)));
         }
-        for (std::int64_t p0 = 0; p0 < kPanel; p0 += V::kPanelRows) {
-            PanelTile<V> registers;
-            registers.clear();
-            registers.multiply(a + p0, b + q0, depth);
-            for (int p = 0; p < V::kPanelRows; ++p) {
-                for (int q = 0; q < V::kPanelVectors; ++q) {
-                    totals[q] = V::add(totals[q], V::absolute(registers.sums[p][q]));
-                }
-            }
-        }
-        for (int q = 0; q < V::kPanelVectors; ++q) {
-            V::store(column_sums + q0 + q * V::kLanes, totals[q]);
-        }
+        V::store(column_sums + q, total);
     }
 }
 

@@ -130,7 +130,7 @@ def _logit(tau: float) -> float:
 
 
 def _check(keys: Tensor, adapters: Sequence[AdapterWeights]) -> None:
-    if keys.dim() != 2 or keys.dtype not in _KEY_DTYPES:
+    if keys.dim() != 2 or keys.shape[1] == 0 or keys.dtype not in _KEY_DTYPES:
         raise HparamError(
             "gated_adapter: keys must be (tokens, width) float32|bfloat16|float16|float64,"
             f" got {tuple(keys.shape)} {keys.dtype}"

@@ -129,8 +129,11 @@ class SpdSolver:
         Cost: per step one float64 product with C and one pair of triangular solves.
         """
         b = self._checked_right_hand_sides(right_hand_sides)
-        norms = b.norm(dim=0)
-        unit = b / torch.where(norms > 0, norms, 1.0)
+        largest = b.abs().amax(dim=0)  # norms of tiny or huge columns would under- or overflow
+        largest = torch.where(largest > 0, largest, 1.0)
+        unit = b / largest
+        lengths = unit.norm(dim=0)
+        unit /= torch.where(lengths > 0, lengths, 1.0)
         x, method, iterations = self._refine(unit)
         worst = self._residual(unit, x)[1]
         if worst > self.tolerance and method != "refinement":
@@ -140,7 +143,7 @@ class SpdSolver:
         self.report = replace(self.report, method=method, iterations=iterations, residual=worst)
         if not worst <= self.tolerance:
             raise SolverError(self._not_reached(unit, x, worst))
-        return x * norms
+        return x * lengths * largest
 
     def similarity(self, left: Tensor, right: Tensor) -> Tensor:
         """Whitened similarity AᵀC⁻¹B of the columns of A [M, a] and B [M, b]: [a, b] float64.

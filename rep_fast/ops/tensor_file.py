@@ -5,6 +5,7 @@ Nothing that executes is ever read. A file that was cut, altered or written for 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,7 +39,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
         save_file(stored, temporary, metadata=header)
         temporary.replace(target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OutputError(f"cannot write {target}: {error.strerror or error}; choose a writable place") from error
 
 

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rep_fast.errors import HparamError, NonFiniteError
+from rep_fast.ops import AdapterWeights, gate_logits, gated_adapter, profile
+from rep_fast.ops.gated_adapter import COMPOSITIONS
+from rep_fast.reference import gated_adapter as reference
+
+pytestmark = pytest.mark.filterwarnings("ignore:gated_adapter. the plain torch body serves")
+
+KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# half a unit in the last place, relative
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# (tokens, width, gate width): ones, primes, beside the tiles of 4 tokens, 16 lanes, 32 tokens × 48 rows × depth 512
+SHAPES = ((1, 1, 1), (3, 17, 5), (4, 16, 8), (5, 31, 47), (17, 513, 49), (33, 47, 97), (2, 1030, 3))
+
+
+def random_adapter(M: int, H: int, *, r: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, size: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, dtype=torch.float64, generator=generator) * size).to(dtype)
+
+    root = M**-0.5
+    return AdapterWeights(
+        a=draw(r, M, size=root), b=draw(M, r), w1=draw(H, M, size=root), b1=draw(H), w2=draw(H), b2=draw(1)
+    )
+
+
+def random_keys(T: int, M: int, *, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
+    return torch.randn(T, M, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def logit_bound(keys: Tensor, adapter: AdapterWeights) -> Tensor:
+    """Float32 error of a logit: (M + 4)·2⁻²⁴ of |W₁||k| + |b₁| through GELU (|GELU'| ≤ 1.13), and 8·2⁻²⁴ of each GELU,
+    summed with |w₂|; plain torch also sums H terms in float32."""
+    wide, w1, b1, w2 = keys.double(), adapter.w1.double(), adapter.b1.double(), adapter.w2.double()
+    inner = wide.abs() @ w1.abs().T + b1.abs()
+    activation = torch.nn.functional.gelu(wide @ w1.T + b1).abs()
+    relative = (keys.shape[1] + 4) * 1.13 * inner + (8 + adapter.w1.shape[0]) * activation
+    return 2.0**-24 * (relative @ w2.abs() + adapter.b2.double().abs() + 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", KEY_DTYPES, ids=str)
+def test_logits_against_float64(
+    level: str, dtype: torch.dtype, weights_dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    T, M, H = shape
+    adapter = random_adapter(M, H, dtype=weights_dtype)
+    keys = random_keys(T, M, dtype=dtype)
+    error = (gate_logits(keys, adapter).double() - reference.gate_logits(keys, adapter)).abs()
+    assert bool((error <= logit_bound(keys, adapter)).all())
+
+
+@pytest.mark.parametrize("compose", COMPOSITIONS)
+@pytest.mark.parametrize("dtype", KEY_DTYPES, ids=str)
+def test_compositions_against_the_reference(level: str, dtype: torch.dtype, compose: str) -> None:
+    M = 53
+    adapters = [random_adapter(M, 7, seed=seed) for seed in range(4)]
+    keys = random_keys(70, M, dtype=dtype)
+    tau = [0.5, 0.3, 0.7, 0.4]
+    found = gated_adapter(keys, adapters, tau=tau, compose=compose)
+    wanted = reference.gated_adapter(keys, adapters, tau=tau, compose=compose)
+    assert found.dtype == dtype
+    # no logit may be so near its bound that float32 and float64 could decide differently
+    clear = rows_with_clear_gates(keys, adapters, tau, compose)
+    assert int(clear.sum()) > 50
+    error = (found.double() - wanted).abs()[clear]
+    bound = EPS[dtype] * wanted[clear].abs() + 1e-4
+    assert bool((error <= bound).all())
+    assert 0 < int((found != keys).any(1).sum()) < 70
+
+
+def rows_with_clear_gates(keys: Tensor, adapters: list, tau: list[float], compose: str) -> Tensor:
+    clear = torch.ones(len(keys), dtype=torch.bool)
+    current = keys.double()
+    logits = []
+    for weights, value in zip(adapters, tau, strict=True):
+        z = reference.gate_logits(current, weights)
+        bound = math.log(value / (1 - value))
+        clear &= (z - bound).abs() > 1e-3
+        logits.append(z)
+        if compose == "chain":
+            current = current + (z > bound).unsqueeze(1) * reference.projection(current, weights)
+    if compose == "argmax":
+        two = torch.stack(logits).topk(2, dim=0).values
+        clear &= two[0] - two[1] > 1e-3
+    return clear
+
+
+@pytest.mark.parametrize("compose", COMPOSITIONS)
+def test_compositions_in_float64(compose: str) -> None:
+    adapters = [random_adapter(48, 6, dtype=torch.float64, seed=seed) for seed in range(5)]
+    keys = random_keys(40, 48, dtype=torch.float64)
+    found = gated_adapter(keys, adapters, tau=0.4, compose=compose)
+    wanted = reference.gated_adapter(keys, adapters, tau=[0.4] * 5, compose=compose)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_chain_differs_from_sum_where_an_earlier_gate_moved_the_key() -> None:
+    adapters = [random_adapter(20, 6, dtype=torch.float64, seed=seed) for seed in range(2)]
+    keys = random_keys(9, 20, dtype=torch.float64)
+    chained = gated_adapter(keys, adapters, tau=0.0)
+    once = gated_adapter(keys, adapters[:1], tau=0.0)
+    torch.testing.assert_close(chained, gated_adapter(once, adapters[1:], tau=0.0), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(chained, gated_adapter(keys, adapters, tau=0.0, compose="sum"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    T=st.integers(0, 9),
+    dtype=st.sampled_from((*KEY_DTYPES, torch.float64)),
+    compose=st.sampled_from(COMPOSITIONS),
+)
+def test_shut_rows_keep_their_bits(seed: int, T: int, dtype: torch.dtype, compose: str) -> None:
+    adapters = [random_adapter(12, 4, seed=seed + i) for i in range(2)]
+    keys = random_keys(T, 12, dtype=dtype, seed=seed)
+    keys[:, 3] = -0.0
+    shut = gated_adapter(keys, adapters, tau=1.0, compose=compose)
+    assert torch.equal(as_bits(shut), as_bits(keys))
+    mixed = gated_adapter(keys, adapters, tau=0.6, compose=compose)
+    bound = math.log(0.6 / 0.4)
+    native_shut = torch.stack([gate_logits(keys, adapter) for adapter in adapters]).amax(0) < bound - 1e-4
+    assert torch.equal(as_bits(mixed[native_shut]), as_bits(keys[native_shut]))
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int16)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.9, 0.73, 1e-6, 1 - 1e-6])
+def test_a_logit_exactly_at_tau_is_closed(level: str, tau: float) -> None:
+    for dtype in (torch.float32, torch.float64):
+        bound = torch.tensor([math.log(tau / (1 - tau))], dtype=dtype)
+        adapter = random_adapter(8, 3, dtype=dtype)._replace(w2=torch.zeros(3, dtype=dtype), b2=bound)
+        keys = random_keys(3, 8, dtype=dtype)
+        assert torch.equal(gate_logits(keys, adapter), bound.expand(3))
+        assert torch.equal(gated_adapter(keys, adapter, tau=tau), keys)
+        above = torch.nextafter(bound, torch.full_like(bound, math.inf))
+        assert not torch.equal(gated_adapter(keys, adapter._replace(b2=above), tau=tau), keys)
+
+
+def test_tau_zero_opens_always_and_one_never(level: str) -> None:
+    adapter = random_adapter(10, 4)._replace(b2=torch.tensor([-1e4]))
+    keys = random_keys(6, 10)
+    opened = gated_adapter(keys, adapter, tau=0.0)
+    torch.testing.assert_close(opened, (keys + reference.projection(keys, adapter)).float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(gated_adapter(keys, adapter._replace(b2=torch.tensor([1e4])), tau=1.0), keys)
+
+
+def test_bits_depend_neither_on_the_other_tokens_nor_on_threads(level: str, threads: None) -> None:
+    adapter = random_adapter(700, 101)
+    keys = random_keys(67, 700, dtype=torch.bfloat16)
+    torch.set_num_threads(1)
+    logits, moved = gate_logits(keys, adapter), gated_adapter(keys, adapter, tau=0.4)
+    one_by_one = torch.cat([gate_logits(row, adapter) for row in keys.split(1)])
+    by_five = torch.cat([gated_adapter(rows, adapter, tau=0.4) for rows in keys.split(5)])
+    torch.set_num_threads(3)
+    threaded = gate_logits(keys, adapter)
+    bound = 2 * logit_bound(keys, adapter)
+    assert bool(((one_by_one - logits).abs() <= bound).all())
+    if level != "reference":  # torch's own products promise no such thing
+        assert torch.equal(one_by_one, logits)
+        assert torch.equal(by_five, moved)
+        assert torch.equal(threaded, logits)
+
+
+def test_padded_rows_and_columns(level: str) -> None:
+    adapter = random_adapter(40, 9)
+    padded = torch.randn(22, 64)
+    keys = padded[::2, 7:47]
+    dense = keys.contiguous()
+    assert torch.equal(gated_adapter(keys, adapter, tau=0.5), gated_adapter(dense, adapter, tau=0.5))
+    transposed = dense.T.contiguous().T
+    assert torch.equal(gated_adapter(transposed, adapter, tau=0.5), gated_adapter(dense, adapter, tau=0.5))
+
+
+def test_soft_gate_is_the_formula_and_differentiates() -> None:
+    adapter = random_adapter(6, 3, r=2, dtype=torch.float64)
+    keys = random_keys(4, 6, dtype=torch.float64)
+    found = gated_adapter(keys, adapter, gate="soft")
+    wanted = reference.gated_adapter(keys, [adapter], tau=[0.9], gate="soft")
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    leaves = [tensor.clone().requires_grad_() for tensor in (keys, *adapter)]
+    assert torch.autograd.gradcheck(lambda k, *w: gated_adapter(k, AdapterWeights(*w), gate="soft"), leaves)
+
+
+@pytest.mark.parametrize("compose", COMPOSITIONS)
+def test_hard_gate_passes_gradients_with_the_decisions_held(compose: str) -> None:
+    adapters = [random_adapter(6, 3, r=2, dtype=torch.float64, seed=seed) for seed in range(2)]
+    keys = random_keys(5, 6, dtype=torch.float64)
+    moving = [keys, adapters[0].a, adapters[0].b, adapters[1].a, adapters[1].b]
+    leaves = [tensor.clone().requires_grad_() for tensor in moving]
+
+    def run(k: Tensor, a0: Tensor, b0: Tensor, a1: Tensor, b1: Tensor) -> Tensor:
+        both = [adapters[0]._replace(a=a0, b=b0), adapters[1]._replace(a=a1, b=b1)]
+        return gated_adapter(k, both, tau=0.5, compose=compose)
+
+    assert bool((run(*leaves) != keys).any())
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_gate_logits_differentiate() -> None:
+    adapter = random_adapter(6, 3, dtype=torch.float64)
+    leaves = [tensor.clone().requires_grad_() for tensor in (random_keys(2, 6, dtype=torch.float64), *adapter[2:])]
+    assert torch.autograd.gradcheck(lambda k, *w: gate_logits(k, AdapterWeights(adapter.a, adapter.b, *w)), leaves)
+
+
+def test_bfloat16_gradient_reaches_the_keys() -> None:
+    keys = random_keys(3, 8, dtype=torch.bfloat16).requires_grad_()
+    gated_adapter(keys, random_adapter(8, 3), tau=0.0).float().sum().backward()
+    assert keys.grad is not None
+    assert keys.grad.dtype == torch.bfloat16
+
+
+def test_nonfinite_logits_are_named(level: str) -> None:
+    adapter = random_adapter(8, 3)
+    keys = random_keys(5, 8)
+    keys[3, 2] = math.nan
+    with pytest.raises(NonFiniteError, match="row 3 is nan"):
+        gated_adapter(keys, adapter)
+    assert bool(gate_logits(keys, adapter)[3].isnan())
+
+
+def test_profile_counts_the_gates() -> None:
+    with profile() as calls:
+        gated_adapter(random_keys(5, 8), [random_adapter(8, 3), random_adapter(8, 4)])
+    assert calls[0].flops == 2 * 5 * 8 * (3 + 4)
+
+
+@pytest.mark.parametrize("compose", COMPOSITIONS)
+def test_opcheck(compose: str) -> None:
+    weights = [tensor for seed in range(2) for tensor in random_adapter(8, 3, seed=seed)]
+    arguments = (random_keys(4, 8), weights, [0.0, 0.1], compose)
+    torch.library.opcheck(torch.ops.rep_fast.gated_adapter.default, arguments)
+    torch.library.opcheck(torch.ops.rep_fast.gate_logits.default, (random_keys(4, 8), weights[:6]))
+    leaf = random_keys(4, 8).requires_grad_()
+    torch.library.opcheck(torch.ops.rep_fast.gated_adapter.default, (leaf, *arguments[1:]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keys": torch.zeros(8)}, r"keys must be \(tokens, width\)"),
+        ({"keys": torch.zeros(2, 0)}, r"got \(2, 0\)"),
+        ({"keys": torch.zeros(2, 8, dtype=torch.int64)}, "int64"),
+        ({"keys": torch.zeros(2, 9)}, r"a of adapter 0 must be \(3, 9\) for keys of width 9, got \(3, 8\)"),
+        ({"adapters": []}, "no adapter given"),
+        ({"adapters": random_adapter(8, 3)._replace(b2=torch.zeros(2))}, r"b2 of adapter 0 must be \(1,\)"),
+        (
+            {"adapters": random_adapter(8, 3)._replace(w2=torch.zeros(3).double())},
+            "w2 of adapter 0 .*torch.float64",
+        ),
+        ({"tau": 1.5}, r"tau must lie in \[0, 1\], got 1.5"),
+        ({"tau": float("nan")}, "got nan"),
+        ({"tau": [0.5, 0.5]}, "2 values of tau for 1 adapters"),
+        ({"gate": "open"}, "gate must be one of hard, soft, got 'open'"),
+        ({"compose": "mean"}, "compose must be one of chain, argmax, sum, got 'mean'"),
+        ({"gate": "soft", "adapters": [random_adapter(8, 3)] * 2}, "soft gate takes one adapter, got 2"),
+    ],
+)
+def test_errors(options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"keys": torch.zeros(2, 8), "adapters": random_adapter(8, 3), **options}
+    with pytest.raises(HparamError, match=message):
+        gated_adapter(arguments.pop("keys"), arguments.pop("adapters"), **arguments)

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rep_fast.errors import CorruptFileError, HparamError, NonFiniteError, OutputError, SingularMomentError, SolverError
+from rep_fast.ops import SpdSolver
+from rep_fast.ops.tensor_file import write_tensors
+from rep_fast.reference import spd_solver as reference
+
+
+def moment_of_condition(M: int, condition: float, *, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    Q, _ = torch.linalg.qr(torch.randn(M, M, dtype=torch.float64, generator=generator))
+    spectrum = condition ** torch.linspace(0, -1, M, dtype=torch.float64)
+    C = (Q * spectrum) @ Q.T
+    return (C + C.T) / 2
+
+
+def random_columns(M: int, n: int, *, seed: int = 1) -> Tensor:
+    return torch.randn(M, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def residual(C: Tensor, x: Tensor, b: Tensor) -> float:
+    return float(((b - C.double() @ x).norm(dim=0) / b.norm(dim=0)).max())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("M", [1, 2, 17, 255, 513])
+def test_residual_is_reached_and_reported(M: int, dtype: torch.dtype, precision: str) -> None:
+    C = moment_of_condition(M, 1e4).to(dtype)
+    solver = SpdSolver.factor(C, precision=precision)
+    b = random_columns(M, 3)
+    x = solver.solve(b)
+    assert x.dtype == torch.float64
+    assert solver.report.residual <= 1e-10
+    assert residual(C, x, b) == pytest.approx(solver.report.residual, rel=0.5, abs=1e-11)
+    assert solver.report.precision == precision
+    # forward error <= condition times residual
+    want = reference.solve(C, b)
+    assert float((x - want).norm() / want.norm()) <= 2e4 * 1e-10
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    M=st.integers(1, 24),
+    log_condition=st.floats(0, 5),
+    scale=st.sampled_from([1e-25, 1.0, 1e30]),
+)
+def test_solving_undoes_the_product(seed: int, M: int, log_condition: float, scale: float) -> None:
+    C = moment_of_condition(M, 10.0**log_condition, seed=seed) * scale
+    x = random_columns(M, 2, seed=seed)
+    b = C @ x
+    found = SpdSolver.factor(C).solve(b)
+    # relative forward error <= condition times (residual + rounding of C x)
+    assert float((found - x).norm() / x.norm()) <= 10.0**log_condition * (2e-10 + 1e-14) * 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_identities_hold_at_1e_9_on_float64_factors(precision: str) -> None:
+    C = moment_of_condition(60, 1e3)
+    solver = SpdSolver.factor(C, precision=precision, tolerance=1e-13)
+    A, B = random_columns(60, 4, seed=2), random_columns(60, 2, seed=3)
+    torch.testing.assert_close(solver.similarity(A, B), reference.similarity(C, A, B), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(solver.similarity(A, B), solver.similarity(B, A).T, rtol=1e-9, atol=1e-9)
+
+
+def test_conjugate_gradients_take_over_where_refinement_stalls() -> None:
+    C = moment_of_condition(300, 3e7)
+    solver = SpdSolver.factor(C, tolerance=3e-9)
+    b = random_columns(300, 5)
+    x = solver.solve(b)
+    assert (solver.report.precision, solver.report.method) == ("fp32", "conjugate gradients")
+    assert solver.report.iterations > 0
+    assert residual(C, x, b) <= 3e-9
+
+
+def test_a_residual_above_the_tolerance_is_never_returned() -> None:
+    solver = SpdSolver.factor(moment_of_condition(100, 1e9), tolerance=1e-14)
+    with pytest.raises(SolverError, match=r"above the tolerance 1\.0e-14"):
+        solver.solve(random_columns(100, 1))
+    assert solver.report.residual > 1e-14
+
+
+def test_float32_factor_that_fails_is_widened() -> None:
+    C = moment_of_condition(80, 1e10)
+    solver = SpdSolver.factor(C, tolerance=1e-5)
+    assert solver.report.precision == "fp64"
+    assert "float32 failed at pivot" in solver.report.note
+    b = random_columns(80, 2)
+    assert residual(C, solver.solve(b), b) <= 1e-5
+
+
+def test_keys_of_very_different_sizes() -> None:
+    """Outlier columns are scaled away exactly before the float32 factor."""
+    sizes = torch.logspace(-8, 8, 40, dtype=torch.float64)
+    C = moment_of_condition(40, 10) * sizes * sizes.unsqueeze(1)
+    C = (C + C.T) / 2
+    b = C @ random_columns(40, 2)
+    solver = SpdSolver.factor(C)
+    assert residual(C, solver.solve(b), b) <= 1e-10
+    assert solver.report.precision == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("n_tokens", [1, 20, 46, 47])
+def test_rank_deficient_moments_are_refused(n_tokens: int, precision: str) -> None:
+    keys = random_columns(n_tokens, 48)
+    C = keys.T @ keys / n_tokens
+    with pytest.raises(SingularMomentError, match="from an unknown number of tokens is singular") as seen:
+        SpdSolver.factor(C, precision=precision)
+    assert "ridge=" in str(seen.value)
+    with pytest.raises(SingularMomentError, match=f"from {n_tokens} tokens is singular or indefinite at pivot"):
+        SpdSolver.factor(C, precision=precision, token_count=n_tokens)
+
+
+def test_fewer_tokens_than_the_width_are_refused_even_when_rounding_hides_it() -> None:
+    with pytest.raises(SingularMomentError, match="from 5 tokens"):
+        SpdSolver.factor(torch.eye(6), token_count=5)
+
+
+def test_duplicate_directions_zero_columns_and_indefinite_matrices_are_refused() -> None:
+    keys = random_columns(200, 9)
+    keys[:, 7] = keys[:, 2]
+    with pytest.raises(SingularMomentError, match="pivot 7"):
+        SpdSolver.factor(keys.T @ keys)
+    keys[:, 7] = 0
+    with pytest.raises(SingularMomentError, match="pivot 7"):
+        SpdSolver.factor(keys.T @ keys)
+    indefinite = torch.eye(4)
+    indefinite[1, 0] = indefinite[0, 1] = 2.0
+    with pytest.raises(SingularMomentError, match="pivot 1"):
+        SpdSolver.factor(indefinite)
+    with pytest.raises(SingularMomentError, match="check how C was made"):
+        SpdSolver.factor(indefinite, ridge="auto")
+
+
+def test_ridge_is_relative_to_the_mean_diagonal() -> None:
+    C = moment_of_condition(30, 1e3)
+    solver = SpdSolver.factor(C, ridge=0.01)
+    shifted = C + 0.01 * C.trace() / 30 * torch.eye(30, dtype=torch.float64)
+    b = random_columns(30, 2)
+    assert residual(shifted, solver.solve(b), b) <= 2e-10
+    assert solver.report.ridge == solver.ridge == 0.01
+
+
+def test_auto_ridge_is_the_smallest_that_factors() -> None:
+    assert SpdSolver.factor(moment_of_condition(20, 100), ridge="auto").ridge == 0.0
+    keys = random_columns(10, 24)
+    C = keys.T @ keys
+    solver = SpdSolver.factor(C, ridge="auto", token_count=10)
+    assert solver.ridge == 1e-8
+    noisy = C + 1e-5 * C.trace() / 24 * torch.diag(torch.tensor([-1.0] + [0.0] * 23, dtype=torch.float64))
+    solver = SpdSolver.factor(noisy, ridge="auto")
+    assert solver.ridge in (1e-5, 1e-4)
+    with pytest.raises(SingularMomentError):
+        SpdSolver.factor(noisy, ridge=solver.ridge / 10)
+
+
+def test_float32_moments_are_kept_in_float32_and_not_copied() -> None:
+    C = moment_of_condition(16, 10).float()
+    assert SpdSolver.factor(C).second_moment.data_ptr() == C.data_ptr()
+
+
+def test_rounding_of_a_product_is_not_an_asymmetry() -> None:
+    C = moment_of_condition(30, 10)
+    noise = 1e-12 * random_columns(30, 30)
+    b = random_columns(30, 1)
+    found = SpdSolver.factor(C + noise).solve(b)
+    assert residual((C + noise + (C + noise).T) / 2, found, b) <= 1e-10
+
+
+def test_zero_and_missing_columns() -> None:
+    solver = SpdSolver.factor(moment_of_condition(12, 100))
+    b = random_columns(12, 3)
+    b[:, 1] = 0
+    x = solver.solve(b)
+    assert not x[:, 1].any()
+    assert solver.solve(b[:, :0]).shape == (12, 0)
+    torch.testing.assert_close(solver.solve(b * 1e-200), x * 1e-200, rtol=1e-9, atol=0)
+
+
+def test_saved_solver_gives_the_same_bits(tmp_path: Path) -> None:
+    solver = SpdSolver.factor(moment_of_condition(33, 1e5).float(), ridge=1e-6)
+    solver.save(tmp_path / "solver.safetensors")
+    again = SpdSolver.load(tmp_path / "solver.safetensors")
+    b = random_columns(33, 2)
+    assert torch.equal(again.solve(b), solver.solve(b))
+    assert again.second_moment.dtype == torch.float32
+    assert (again.ridge, again.tolerance) == (1e-6, 1e-10)
+    assert again.report == solver.report
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "solver.safetensors"
+    SpdSolver.factor(moment_of_condition(8, 10)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    with pytest.raises(CorruptFileError, match="not a readable safetensors file"):
+        SpdSolver.load(path)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CorruptFileError, match="its digest does not match"):
+        SpdSolver.load(path)
+    with pytest.raises(CorruptFileError, match="does not exist"):
+        SpdSolver.load(tmp_path / "absent")
+    write_tensors(path, {"x": torch.zeros(1)}, kind="something else", facts={})
+    with pytest.raises(CorruptFileError, match="holds a something else, not a spd_solver"):
+        SpdSolver.load(path)
+    write_tensors(path, {"x": torch.zeros(1)}, kind="spd_solver", facts={})
+    with pytest.raises(CorruptFileError, match="lacks 'second_moment'"):
+        SpdSolver.load(path)
+
+
+def test_unwritable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="choose a writable place"):
+        SpdSolver.factor(torch.eye(2)).save(tmp_path / "file" / "solver.safetensors")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("C", "options", "error", "message"),
+    [
+        (torch.ones(2, 3), {}, HparamError, r"must be \(M, M\) float32\|float64, got \(2, 3\)"),
+        (torch.eye(2).bfloat16(), {}, HparamError, "bfloat16"),
+        (torch.eye(0), {}, HparamError, r"got \(0, 0\)"),
+        (torch.eye(3).triu() + torch.ones(3, 3).triu(), {}, HparamError, "not symmetric"),
+        (torch.eye(3) * float("nan"), {}, NonFiniteError, "row 0"),
+        (torch.eye(3), {"precision": "bf16"}, HparamError, "precision must be one of fp32, fp64, got 'bf16'"),
+        (torch.eye(3), {"ridge": -1.0}, HparamError, "ridge must be .* got -1.0"),
+        (torch.eye(3), {"ridge": "some"}, HparamError, "got 'some'"),
+        (torch.eye(3), {"tolerance": 0.0}, HparamError, "tolerance must be positive, got 0.0"),
+    ],
+)
+def test_errors_of_factor(C: Tensor, options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SpdSolver.factor(C, **options)
+
+
+@pytest.mark.parametrize(
+    ("b", "error", "message"),
+    [
+        (torch.ones(3), HparamError, r"must be \(3, n\) float32\|float64, got \(3,\)"),
+        (torch.ones(4, 1), HparamError, r"got \(4, 1\)"),
+        (torch.ones(3, 1).half(), HparamError, "float16"),
+        (torch.tensor([[0.0], [float("inf")], [0.0]]), NonFiniteError, "row 1"),
+    ],
+)
+def test_errors_of_solve(b: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SpdSolver.factor(torch.eye(3)).solve(b)
