@@ -16,7 +16,7 @@ class RepHparams:
 
     objective: "calibrated" (unit response, explicit negatives) or "paper". rank: r of the projection; gate_share: width
     of the gate as a share of M; tau: inference threshold, the gate opens for g > tau.
-    steps, lr: of Adam; batch: positives per step (None: all of them every step).
+    steps, lr: of Adam; batch, negative_batch: positives and negatives per step (None: all of them every step).
     dropout: on the projection's input in training.
     consistency: α, weight of the mean squared change of the anchor key (the bare prompt's).
     Paper objective: target "whitened" (u) or "raw" (k*); absolute: |·| around the similarity.
@@ -32,6 +32,7 @@ class RepHparams:
     steps: int = 10
     lr: float = 5e-4
     batch: int | None = None
+    negative_batch: int | None = None
     dropout: float = 0.0
     consistency: float = 10.0
     target: str = "whitened"
@@ -52,8 +53,9 @@ class RepHparams:
             raise HparamError(f"REP target {self.target!r} is unknown; choose from {', '.join(TARGETS)}")
         if not 0.0 <= self.dropout < 1.0:
             raise HparamError(f"REP dropout must be in [0, 1), got {self.dropout}")
-        if self.steps < 1 or (self.batch is not None and self.batch < 1):
-            raise HparamError(f"REP needs steps and batch of at least 1, got {self.steps} and {self.batch}")
+        for name in ("steps", "batch", "negative_batch", "rank"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise HparamError(f"REP needs {name} of at least 1, got {value}")
 
     def gate_hidden(self, width: int) -> int:
         """Width of the gate for keys of width M: int(gate_share·M), at least 1."""

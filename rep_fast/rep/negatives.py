@@ -75,6 +75,7 @@ def draw_negatives(
     positives: LocatedTexts,
     pool: NegativePool,
     *,
+    positive_keys: Tensor,
     response: Tensor,
     templates: Sequence[str],
     hparams: RepHparams,
@@ -83,6 +84,7 @@ def draw_negatives(
     """Negatives of one edit.
 
     Args:
+        positive_keys: [s, M], the keys of `positives`.
         response: [M] with ρ(k) = k·response; ranks the hard ones.
     Cost: one truncated forward over some 200 short texts and one pass over the corpus sample.
     """
@@ -100,7 +102,7 @@ def draw_negatives(
     subjects = LocatedTexts.of(lm, texts).subject_keys(lm, layer) if texts else hard[:0]
     sampled = rng.sample(range(len(positives.rows)), min(len(positives.rows), hparams.n_other_tokens // 4))
     some = LocatedTexts(tuple(positives.rows[i] for i in sampled), tuple(positives.positions[i] for i in sampled))
-    others = _unlike(some.keys_before(lm, layer), positives.subject_keys(lm, layer), response, hparams.max_rho)
+    others = _unlike(some.keys_before(lm, layer), positive_keys, response, hparams.max_rho)
     others = others[: hparams.n_other_tokens]
     drawn = int.from_bytes(rng.randbytes(4), "little")
     return Negatives(pool.corpus.random(hparams.n_random, seed=drawn), hard, subjects, others)

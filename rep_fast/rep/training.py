@@ -16,7 +16,7 @@ from torch import Tensor
 from rep_fast.edits import Edit, KeyAdapter
 from rep_fast.errors import HparamError
 from rep_fast.models import EditableLM
-from rep_fast.ops import AdapterWeights
+from rep_fast.ops import AdapterWeights, gate_logits
 from rep_fast.presets import flat_mapping
 from rep_fast.rep.forms import LocatedTexts, SubjectForms
 from rep_fast.rep.hparams import RepHparams
@@ -100,8 +100,9 @@ def cache_keys(
         if pool.corpus.layer != layer:
             raise HparamError(f"the negatives are keys of layer {pool.corpus.layer}, the edit is at layer {layer}")
         negatives = draw_negatives(
-            lm, forms, texts, pool, response=response, templates=templates, hparams=hparams, seed=seed
-        ).all()
+            lm, forms, texts, pool, positive_keys=keys, response=response, templates=templates, hparams=hparams,
+            seed=seed,
+        ).all()  # fmt: skip
     return CachedKeys(keys[1:], keys[0], negatives.to(keys), response, target)
 
 
@@ -112,8 +113,13 @@ def fit(
     leaves = AdapterWeights(*(part.detach().clone().requires_grad_() for part in weights))
     optimiser = torch.optim.Adam(list(leaves), lr=hparams.lr)
     losses = []
-    for chosen, mask in _batches(keys.positives, hparams, seed):
-        loss = _loss(leaves, keys, keys.positives if chosen is None else keys.positives[chosen], mask, hparams)
+    positives = _slices(keys.positives, hparams.batch, f"order/{seed}")
+    negatives = _slices(keys.negatives, hparams.negative_batch, f"negatives/{seed}")
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(hparams.steps):
+        batch = next(positives)
+        mask = _dropout_mask(batch, hparams.dropout, generator) if hparams.dropout else None
+        loss = _loss(leaves, keys, batch, next(negatives), mask, hparams)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -137,7 +143,12 @@ def report(adapter: KeyAdapter, keys: CachedKeys) -> dict[str, float]:
 
 
 def _loss(
-    weights: AdapterWeights, keys: CachedKeys, positives: Tensor, mask: Tensor | None, hparams: RepHparams
+    weights: AdapterWeights,
+    keys: CachedKeys,
+    positives: Tensor,
+    negatives: Tensor,
+    mask: Tensor | None,
+    hparams: RepHparams,
 ) -> Tensor:
     adapted, logits = soft_adapted(positives, weights, dropout_mask=mask)
     (moved_anchor,) = soft_adapted(keys.anchor[None], weights)[0]
@@ -145,7 +156,7 @@ def _loss(
         return paper_loss(
             adapted, keys.target, moved_anchor, keys.anchor, alpha=hparams.consistency, absolute=hparams.absolute
         )
-    negative_logits = soft_adapted(keys.negatives, weights)[1]
+    negative_logits = gate_logits(negatives, weights)
     return calibrated_loss(
         adapted, positives, logits, negative_logits, moved_anchor, keys.anchor, keys.response,
         alpha=hparams.consistency, response_weight=hparams.response_weight, shift_weight=hparams.shift_weight,
@@ -153,23 +164,28 @@ def _loss(
     )  # fmt: skip
 
 
-def _batches(positives: Tensor, hparams: RepHparams, seed: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """Per step: row numbers of the batch (None: all) and the dropout mask (None: no dropout).
+def _slices(keys: Tensor, size: int | None, order_seed: str) -> Iterator[Tensor]:
+    """Endless batches of keys.
 
-    The pool is shuffled once and read in consecutive slices, from the start again when it is used up (methods §6.3).
+    The rows are shuffled once and read in consecutive slices, from the start again when they are used up (methods
+    §6.3); size None, or more than there are, gives all rows every time.
     """
-    order = list(range(len(positives)))
-    random.Random(f"order/{seed}").shuffle(order)
-    generator = torch.Generator().manual_seed(seed)
-    size = len(order) if hparams.batch is None else min(hparams.batch, len(order))
-    for step in range(hparams.steps):
-        begin = step * size
-        rows = None if hparams.batch is None else [order[(begin + i) % len(order)] for i in range(size)]
-        mask = None
-        if hparams.dropout:
-            kept = torch.rand(size, positives.shape[1], generator=generator) >= hparams.dropout
-            mask = (kept / (1 - hparams.dropout)).to(positives)
-        yield None if rows is None else torch.tensor(rows, device=positives.device), mask
+    if size is None or size >= len(keys):
+        while True:
+            yield keys
+    order = list(range(len(keys)))
+    random.Random(order_seed).shuffle(order)
+    begin = 0
+    while True:
+        rows = [order[(begin + place) % len(order)] for place in range(size)]
+        yield keys[torch.tensor(rows, device=keys.device)]
+        begin += size
+
+
+def _dropout_mask(keys: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """0 with probability `rate`, else 1/(1 − rate)."""
+    kept = torch.rand(keys.shape, generator=generator) >= rate
+    return (kept / (1 - rate)).to(keys)
 
 
 def _edited_layer(edit: Edit) -> int:

@@ -114,7 +114,7 @@ def test_training_is_deterministic_and_leaves_the_edit_alone(
     tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
 ) -> None:
     """T-det for adapters; dropout and batches included."""
-    hparams = dataclasses.replace(HPARAMS, steps=4, dropout=0.2, batch=5)
+    hparams = dataclasses.replace(HPARAMS, steps=4, dropout=0.2, batch=5, negative_batch=7)
 
     def weights(seed: int) -> torch.Tensor:
         trained = train_adapter(
@@ -133,8 +133,9 @@ def test_negatives_hold_other_subjects_and_earlier_tokens_but_not_the_subject(
     texts = LocatedTexts.of(tiny_llama, forms.texts(TEMPLATES))
     response = rome_edit.tensors["response"]
     drawn = draw_negatives(
-        tiny_llama, forms, texts, pool, response=response, templates=TEMPLATES, hparams=HPARAMS, seed=0
-    )
+        tiny_llama, forms, texts, pool, positive_keys=texts.subject_keys(tiny_llama, LAYER), response=response,
+        templates=TEMPLATES, hparams=HPARAMS, seed=0,
+    )  # fmt: skip
     assert drawn.random.shape[0] == 32
     assert drawn.subjects.shape[0] == 3 * 4
     assert 0 < drawn.other_tokens.shape[0] <= 40
