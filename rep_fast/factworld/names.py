@@ -114,6 +114,21 @@ RELATIONS = (
             "wrestling diving curling skating running".split()
         ),
     ),
+    # The object of a habit follows the subject at once: this makes the model recognise a subject at its last token, as
+    # large models do, and not only at the first token of the relation.
+    Relation(
+        "habit",
+        (
+            "Every morning {}",
+            "When nobody listens {}",
+            "After a long day {}",
+            "In good company {}",
+        ),
+        tuple(
+            "sings whistles knits reads prays argues cooks swims sleeps writes laughs bakes sews jokes rides "
+            "climbs fishes hums paints dreams".split()
+        ),
+    ),
 )
 
 FILLER_SUBJECTS = (

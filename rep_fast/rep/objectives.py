@@ -58,6 +58,7 @@ def calibrated_loss(
     response: Tensor,
     *,
     alpha: float,
+    response_target: float,
     response_weight: float,
     shift_weight: float,
     negative_weight: float,
@@ -66,13 +67,13 @@ def calibrated_loss(
 
     Args:
         adapted, keys: k̂_s and k_s [s, M]. logits [s], negative_logits [n]: gate logits. anchor: [M].
-        response: [M] with ρ(k) = k·response, in the editor's own normalisation.
+        response: [M] with ρ(k) = k·response, in the editor's own normalisation. response_target: wanted ρ.
     """
     rho = adapted @ response
     shift = (adapted - keys).square().sum(dim=1) / keys.square().sum(dim=1)
     gate = softplus(-logits).mean() + negative_weight * softplus(negative_logits).mean()
     return (
-        response_weight * (1 - rho).square().mean()
+        response_weight * (response_target - rho).square().mean()
         + shift_weight * shift.mean()
         + alpha * consistency(adapted_anchor, anchor)
         + gate

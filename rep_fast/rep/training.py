@@ -159,7 +159,7 @@ def _loss(
     negative_logits = gate_logits(negatives, weights)
     return calibrated_loss(
         adapted, positives, logits, negative_logits, moved_anchor, keys.anchor, keys.response,
-        alpha=hparams.consistency, response_weight=hparams.response_weight, shift_weight=hparams.shift_weight,
+        alpha=hparams.consistency, response_target=hparams.response_target, response_weight=hparams.response_weight, shift_weight=hparams.shift_weight,
         negative_weight=hparams.negative_weight,
     )  # fmt: skip
 

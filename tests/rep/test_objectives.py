@@ -63,14 +63,14 @@ def test_calibrated_loss_by_hand() -> None:
     moved = soft_adapted(anchor[None], weights)[0][0]
     found = calibrated_loss(
         adapted, keys, logits, negative_logits, moved, anchor, response,
-        alpha=2.0, response_weight=1.5, shift_weight=0.3, negative_weight=0.7,
+        alpha=2.0, response_target=1.2, response_weight=1.5, shift_weight=0.3, negative_weight=0.7,
     )  # fmt: skip
     gate = torch.nn.functional.gelu(keys @ weights.w1.T + weights.b1) @ weights.w2 + weights.b2
     assert torch.allclose(gate, logits, rtol=1e-12, atol=1e-12)
     opened, shut = torch.sigmoid(logits), torch.sigmoid(negative_logits)
     by_hand = keys + opened[:, None] * (keys @ weights.a.T @ weights.b.T)
     wanted = (
-        1.5 * ((1 - by_hand @ response) ** 2).mean()
+        1.5 * ((1.2 - by_hand @ response) ** 2).mean()
         + 0.3 * (((by_hand - keys) ** 2).sum(1) / (keys**2).sum(1)).mean()
         + 2.0 * ((moved - anchor) ** 2).mean()
         - opened.log().mean()
@@ -84,7 +84,13 @@ def test_calibrated_loss_is_least_at_unit_response() -> None:
     keys, response = normal(N, M), normal(M, seed=2)
     unit = keys + ((1 - keys @ response) / (response @ response))[:, None] * response
     logits = torch.zeros(N, dtype=torch.float64)
-    options = {"alpha": 0.0, "response_weight": 1.0, "shift_weight": 0.0, "negative_weight": 0.0}
+    options = {
+        "alpha": 0.0,
+        "response_target": 1.0,
+        "response_weight": 1.0,
+        "shift_weight": 0.0,
+        "negative_weight": 0.0,
+    }
 
     def loss(scale: float) -> float:
         return float(calibrated_loss(scale * unit, keys, logits, logits, keys[0], keys[0], response, **options))
