@@ -168,7 +168,7 @@ def _page(
         cases=n_cases,
         seeds=(seed,),
         similarities=similar,
-        collisions=collision_rows(scanned),
+        collisions=collision_rows(bench.lm, scanned),
         scanned_tokens=scanned.n_tokens,
         layer_scores=tuple(layers),
         score_name="zabs",

@@ -61,7 +61,7 @@ def similarity_charts(similarities: Sequence[Similarities]) -> list[tuple[str, s
 
 
 def _similarity_chart(own: Similarities, baseline: Sequence[float]) -> str:
-    figure, axes = _figure(3.4, 1.9)
+    figure, axes = _figure(4.4, 1.9)
     low, high = -0.4, 1.6
     bins = [low + (high - low) * step / 40 for step in range(41)]
 

@@ -99,12 +99,20 @@ def similarity_rows(measured: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> 
     return tuple(Similarities(kind, tuple(before[kind]), tuple(after[kind])) for kind in before)
 
 
-def collision_rows(scanned: ScanResult, *, per_subject: int = 2, most: int = 12) -> tuple[CollisionRow, ...]:
-    """The strongest collisions, at most `per_subject` of each subject."""
+def collision_rows(
+    lm: EditableLM, scanned: ScanResult, *, per_subject: int = 2, most: int = 12
+) -> tuple[CollisionRow, ...]:
+    """The strongest collisions, at most `per_subject` of each; marks of a document's start become blanks."""
+
+    def plain(text: str) -> str:
+        for mark in lm.tokenizer.all_special_tokens:
+            text = text.replace(mark, " ")
+        return text
+
     hits = [hit for own in scanned.collisions for hit in own[:per_subject]]
     hits.sort(key=lambda hit: -hit.rho)
     return tuple(
-        CollisionRow(hit.subject, hit.rho, hit.prefix_text.removesuffix(hit.hit_token), hit.hit_token)
+        CollisionRow(hit.subject, hit.rho, plain(hit.prefix_text.removesuffix(hit.hit_token)).lstrip(), hit.hit_token)
         for hit in hits[:most]
     )
 

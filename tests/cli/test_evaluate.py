@@ -6,8 +6,11 @@ import json
 
 import pytest
 
-METRICS = ("success", "locality", "paraphrase") + tuple(
-    f"{kind}_{side}" for kind in ("rephrase", "shuffle", "long") for side in ("id", "ood")
+METRICS = (
+    "success",
+    "locality",
+    "paraphrase",
+    *(f"{kind}_{side}" for kind in ("rephrase", "shuffle", "long") for side in ("id", "ood")),
 )
 
 
