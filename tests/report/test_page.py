@@ -50,9 +50,8 @@ def test_needs_nothing_from_outside(page):
 def test_ids_are_unique_and_references_resolve(page):
     outline = Outline(page)
     assert len(outline.ids) == len(set(outline.ids))
-    used = [reference[1:] for reference in outline.references if reference.startswith("#")] + re.findall(
-        r"url\(#([^)]+)\)", page
-    )
+    inside = [reference[1:] for reference in outline.references if reference.startswith("#")]
+    used = inside + re.findall(r"url\(#([^)]+)\)", page)
     assert set(used) <= set(outline.ids)
 
 
