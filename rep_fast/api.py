@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rep_fast import editors, factworld
 from rep_fast.collisions import CorpusSample
 from rep_fast.edits import Edit
 from rep_fast.errors import HparamError, TextSourceError
-from rep_fast.evaluation import Protocol, perturb_case
 from rep_fast.facts import EditCase, Fact, TextSource, open_text
 from rep_fast.models import EditableLM, context_templates
 from rep_fast.presets import Preset, field_names, flat_mapping, from_flat_mapping, load_preset
 from rep_fast.rep import NegativePool, RepHparams, SubjectForms, train_adapter
-from rep_fast.rep.forms import LocatedTexts
 from rep_fast.rep.hparams import OBJECTIVES
 from rep_fast.stats import SecondMoments
 
@@ -107,11 +104,6 @@ class Workbench:
         if isinstance(self.text, factworld.WorldText):
             return dataclasses.replace(self.text, seed=CONTEXT_SEED)
         return self.text
-
-    @property
-    def protocol(self) -> Protocol:
-        """Evaluation choices of the preset."""
-        return from_flat_mapping(Protocol, self.preset.section("evaluation"), where=f"preset {self.preset.name}")
 
     def hparams(self, method: str) -> Any:
         """Hyper-parameters of an editor for this model."""
@@ -220,7 +212,9 @@ class Workbench:
         """The edit with an adapter trained for its subject."""
         hparams = self.rep_hparams(objective)
         if isinstance(target, EditCase):
-            forms = SubjectForms.of_case(self.lm, target, seed=seed, join=self.protocol.shuffle_join)
+            # the same shuffles as evaluation with this preset holds against the edit
+            join = self.preset.section("evaluation").get("shuffle_join", "decode")
+            forms = SubjectForms.of_case(self.lm, target, seed=seed, join=join)
         else:
             forms = SubjectForms.of_fact(self.lm, target, rephrases=rephrases, seed=seed)
         layer = edit.modules[0].layer
@@ -259,35 +253,6 @@ class Workbench:
                 hparams = self.rep_hparams(None if objective is True else str(objective))
                 found[f"rep[{hparams.objective}]"] = flat_mapping(hparams)
         return {"preset": self.preset.name, "text": self.text.name, **found}
-
-    def similarities(self, edit: Edit, case: EditCase, *, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-        """ρ of the subject's forms and of other subjects, before and after the edit's adapter (methods §12.1).
-
-        Returns:
-            Kind ("original", "rephrase", "shuffle", "long", "other") → (ρ before [n], ρ after [n]).
-        """
-        module = edit.modules[0]
-        perturbed = perturb_case(self.lm, case, text=self.context_text, seed=seed, protocol=self.protocol)
-        fact = case.fact
-        others = [subject for subject in self.negative_pool(module.layer).subjects if subject != fact.subject]
-        texts = {
-            "original": [(fact.prompt, fact.subject)],
-            "rephrase": [(one.prompt, one.subject) for one in perturbed.rephrase],
-            "shuffle": [(one.prompt, one.subject) for one in perturbed.shuffle],
-            "long": [(one.prompt, one.subject) for one in perturbed.long],
-            "other": [(fact.prompt, subject) for subject in others[:100]],
-        }
-        found = {}
-        for kind, pairs in texts.items():
-            if not pairs:
-                continue
-            keys = LocatedTexts.of(self.lm, pairs).subject_keys(self.lm, module.layer)
-            response = edit.tensors["response"].to(keys)
-            moved = keys
-            for adapter in module.adapters:
-                moved = adapter(moved)
-            found[kind] = (keys @ response, moved @ response)
-        return found
 
     def _labelled(self, label: str) -> Callable[[int, int | None], None] | None:
         if self._progress is None:

@@ -83,15 +83,6 @@ def test_a_bare_fact_gets_surface_forms_or_the_names_it_is_given(bench: api.Work
     assert given.modules[0].adapters[0].notes["forms"] == "given"
 
 
-def test_similarities_are_those_of_the_transfer_law(bench: api.Workbench) -> None:
-    edit = bench.edit(CASE, rep=True)
-    found = bench.similarities(edit, CASE)
-    assert {"original", "rephrase", "other"} <= set(found)
-    before, _ = found["original"]
-    assert float(before[0]) == pytest.approx(1, rel=1e-3)
-    assert len(found["rephrase"][0]) == 2
-
-
 def test_unknown_objective_and_text(bench: api.Workbench, tiny_llama: EditableLM) -> None:
     with pytest.raises(HparamError, match="objective 'papers' is unknown"):
         bench.rep_hparams("papers")

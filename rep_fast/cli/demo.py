@@ -76,6 +76,7 @@ def _edit(
     screen: Screen, bench: Workbench, cases: list[EditCase], seed: int
 ) -> tuple[list[EditedFact], tuple[Similarities, ...]]:
     """Some facts with their answers, and the similarities of a few more."""
+    from rep_fast.analysis import form_similarities
     from rep_fast.report.gathering import edited_fact, similarity_rows
 
     edited, measured = [], []
@@ -85,7 +86,7 @@ def _edit(
         screen.progress("edit", number, len(chosen))
         plain = bench.edit(case, method=METHOD, seed=seed)
         robust = bench.with_rep(plain, case, seed=seed)
-        measured.append(bench.similarities(robust, case, seed=seed))
+        measured.append(form_similarities(bench, robust, case, seed=seed))
         if number < SHOWN_EDITS:
             edited.append(edited_fact(bench.lm, case, {METHOD: plain, f"{METHOD}+rep": robust}, seed=seed))
     screen.progress("edit", len(chosen), len(chosen))
@@ -93,7 +94,7 @@ def _edit(
 
 
 def _evaluate(screen: Screen, bench: Workbench, cases: list[EditCase], seed: int) -> Summary:
-    from rep_fast.evaluation import evaluate_single
+    from rep_fast.evaluation import Protocol, evaluate_single
 
     return evaluate_single(
         bench.lm,
@@ -102,7 +103,7 @@ def _evaluate(screen: Screen, bench: Workbench, cases: list[EditCase], seed: int
         seeds=[seed],
         text=bench.context_text,
         settings=bench.settings([METHOD], [None, True]),
-        protocol=bench.protocol,
+        protocol=Protocol.of_preset(bench.preset),
         progress=lambda done, total: screen.progress("evaluate", done, total),
     )
 

@@ -67,7 +67,7 @@ def evaluate(
     if resume and out is None:
         raise typer.BadParameter("needs --out with the run's directory", param_hint="--resume")
     with opened(as_json=as_json, debug=debug) as screen:
-        from rep_fast.evaluation import evaluate_single
+        from rep_fast.evaluation import Protocol, evaluate_single
 
         watch = Stopwatch()
         lm = open_model(model, device=device, dtype=dtype)
@@ -88,7 +88,7 @@ def evaluate(
             out_dir=out,
             resume=resume,
             settings=described,
-            protocol=bench.protocol,
+            protocol=Protocol.of_preset(bench.preset),
             progress=lambda done, total: screen.progress("evaluate", done, total),
         )
         watch.lap("evaluate")

@@ -24,6 +24,7 @@ from rep_fast.evaluation.scoring import PlannedBatch, ScoringPlan, TargetScore, 
 from rep_fast.evaluation.summary import Summary
 from rep_fast.facts import EditCase, PerturbedCase, TextSource, perturb
 from rep_fast.models import EditableLM
+from rep_fast.presets import Preset, from_flat_mapping
 
 BuildEdit = Callable[[EditCase, int], Edit]
 Progress = Callable[[int, int], None]
@@ -51,6 +52,12 @@ class Protocol:
     long_out: int = 5
     shuffle_join: Literal["decode", "raw"] = "decode"
     mode: Literal["hook", "merge"] = "hook"
+
+    @classmethod
+    def of_preset(cls, preset: Preset) -> Protocol:
+        """The choices of a preset's section `evaluation`."""
+        made: Protocol = from_flat_mapping(cls, preset.section("evaluation"), where=f"preset {preset.name}")
+        return made
 
 
 def evaluate_single(

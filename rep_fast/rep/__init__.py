@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from rep_fast.rep.forms import SubjectForms, surface_forms
+from rep_fast.rep.forms import LocatedTexts, SubjectForms, surface_forms
 from rep_fast.rep.hparams import RepHparams
 from rep_fast.rep.negatives import NegativePool, Negatives, draw_negatives
 from rep_fast.rep.training import CachedKeys, cache_keys, fit, train_adapter
 
 __all__ = [
     "CachedKeys",
+    "LocatedTexts",
     "NegativePool",
     "Negatives",
     "RepHparams",
