@@ -32,5 +32,13 @@ def accumulate_moment(keys: Tensor, total: Tensor, level: int, n_threads: int) -
 def abs_product_sum(a: Tensor, b: Tensor, sums: Tensor, level: int, n_threads: int) -> None: ...
 def dot_products(keys: Tensor, weights: Tensor, products: Tensor, level: int, n_threads: int) -> None: ...
 def gate_logits(
-    keys: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: float, logits: Tensor, level: int, n_threads: int
-) -> int: ...
+    keys: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: float,
+    threshold: float,
+    logits: Tensor,
+    level: int,
+    n_threads: int,
+) -> tuple[int, int]: ...

@@ -68,7 +68,8 @@ CpuLevel machine_cpu_level() {
 }
 
 CpuLevel resolve_cpu_level(std::string_view cap) {
-    const CpuLevel machine = machine_cpu_level();
+    // asked once: CPUID leaves the guest on a virtual machine, which costs more than a small op
+    static const CpuLevel machine = machine_cpu_level();
     return cap.empty() ? machine : std::min(machine, parse_cpu_level(cap));
 }
 

@@ -1,4 +1,4 @@
-// The instruction sets kernels are written for, found once per call and capped by name.
+// The instruction sets kernels are written for, found once and capped by name at every call.
 #pragma once
 
 #include <string_view>

@@ -151,7 +151,8 @@ const DispatchTable<GatedAdapterKernels>& gated_adapter_table() {
     return table;
 }
 
-std::int64_t gate_logits(const GateInput& input, std::span<float> logits, CpuLevel level, int n_threads) {
+GateReport gate_logits(const GateInput& input, float threshold, std::span<float> logits, CpuLevel level,
+                       int n_threads) {
     const GatedAdapterKernels& kernels = at_level(gated_adapter_table(), level).kernels;
     std::visit(
         [&](const auto& keys, const auto& w1) {
@@ -180,7 +181,8 @@ std::int64_t gate_logits(const GateInput& input, std::span<float> logits, CpuLev
         },
         input.keys, input.w1);
     const auto bad = std::find_if(logits.begin(), logits.end(), [](float logit) { return !std::isfinite(logit); });
-    return bad == logits.end() ? -1 : bad - logits.begin();
+    return {.first_nonfinite = bad == logits.end() ? -1 : bad - logits.begin(),
+            .n_open = std::count_if(logits.begin(), logits.end(), [=](float logit) { return logit > threshold; })};
 }
 
 void dot_products(const KeyMatrix& key_matrix, const WeightMatrix& weight_matrix, const MatrixView<float>& products,

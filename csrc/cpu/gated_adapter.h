@@ -21,9 +21,13 @@ struct GateInput {
     float b2 = 0.0f;
 };
 
-// logits: n_tokens. Returns the first token whose logit is NaN or infinite, or −1. Throws Error when sizes do not fit
-// together.
-std::int64_t gate_logits(const GateInput& input, std::span<float> logits, CpuLevel level, int n_threads);
+struct GateReport {
+    std::int64_t first_nonfinite = -1;  // token whose logit is NaN or infinite, or −1
+    std::int64_t n_open = 0;            // logits above the threshold
+};
+
+// logits: n_tokens. Throws Error when sizes do not fit together.
+GateReport gate_logits(const GateInput& input, float threshold, std::span<float> logits, CpuLevel level, int n_threads);
 
 // products[t, h] = keys[t] · weights[h], [n_tokens, n_hidden].
 void dot_products(const KeyMatrix& keys, const WeightMatrix& weights, const MatrixView<float>& products, CpuLevel level,

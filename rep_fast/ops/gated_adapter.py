@@ -189,19 +189,20 @@ def _forward(
     """Adapted keys [T, M] and which gates were open [E, T] bool."""
     adapters = _unflatten(weights)
     chosen = _body(keys, adapters)
-    gates = sum(2 * keys.shape[0] * adapter.w1.numel() for adapter in adapters)
+    flops = sum(2 * keys.shape[0] * adapter.w1.numel() for adapter in adapters)
     traffic = 2 * keys.nbytes + sum(adapter.w1.nbytes for adapter in adapters)
-    with recorded(_NAME, chosen.name, flops=gates, bytes=traffic):
+    with recorded(_NAME, chosen.name, flops=flops, bytes=traffic):
         if compose == "chain":
             return _chain(keys, adapters, thresholds, chosen)
-        logits = [
-            _finite_logits(keys, adapter, bound, chosen) for adapter, bound in zip(adapters, thresholds, strict=True)
+        ranked = compose == "argmax"
+        gates = [
+            _gate(keys, adapter, bound, chosen, ranked=ranked)
+            for adapter, bound in zip(adapters, thresholds, strict=True)
         ]
-        opened = torch.stack(
-            [values > _rounded(bound, values) for values, bound in zip(logits, thresholds, strict=True)]
-        )
-        if compose == "argmax":
-            confident = torch.where(opened, torch.stack(logits), -math.inf).argmax(0)  # first of equals
+        opened = torch.stack([gate.opened for gate in gates])
+        if ranked:
+            logits = torch.stack([gate.logits for gate in gates])
+            confident = torch.where(opened, logits, -math.inf).argmax(0)  # first of equals
             opened &= torch.arange(len(adapters), device=keys.device).unsqueeze(1) == confident
         return _add_projections(keys, adapters, opened, chosen), opened
 
@@ -212,37 +213,56 @@ def _body(keys: Tensor, adapters: Sequence[AdapterWeights]) -> Backend:
     return choose_or_warn(_NAME, keys.device)
 
 
-def _rounded(threshold: float, logits: Tensor) -> float:
-    """The bound in the logits' precision, so that a logit stored as log(τ/(1−τ)) equals it: closed."""
-    if logits.dtype == torch.float64:
-        return threshold
-    return struct.unpack("f", struct.pack("f", threshold))[0]
+class _Gate(NamedTuple):
+    logits: Tensor  # [T]
+    opened: Tensor  # [T] bool
+    any_open: bool
 
 
-def _finite_logits(keys: Tensor, adapter: AdapterWeights, threshold: float, chosen: Backend) -> Tensor:
-    """Logits of one gate; a threshold of ±∞ needs none."""
+def _gate(keys: Tensor, adapter: AdapterWeights, threshold: float, chosen: Backend, *, ranked: bool = False) -> _Gate:
+    """Decisions of one hard gate; a threshold of ±∞ needs no logits, unless open gates are `ranked` by them."""
     dtype = _compute_dtype(keys, adapter)
-    if math.isinf(threshold):
-        return torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
-    logits, bad = _run_gate(keys, adapter, dtype, chosen)
+    if threshold == math.inf or (threshold == -math.inf and not ranked):
+        logits = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
+        return _Gate(logits, logits > threshold, threshold < 0)
+    bound = _rounded(threshold, dtype)
+    logits, bad, n_open = _run_gate(keys, adapter, bound, chosen)
     if bad >= 0:
         raise NonFiniteError(f"gated_adapter: the gate logit of row {bad} is {float(logits[bad])}; check the keys")
-    return logits
+    return _Gate(logits, logits > bound, n_open > 0)
 
 
-def _run_gate(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype, chosen: Backend) -> tuple[Tensor, int]:
-    """Logits [T] and the first row where they are not finite, or −1 (on a GPU always −1: reading it would wait)."""
+def _rounded(threshold: float, dtype: torch.dtype) -> float:
+    """The bound in the logits' precision, so that a logit stored as log(τ/(1−τ)) equals it: closed."""
+    return threshold if dtype == torch.float64 else struct.unpack("f", struct.pack("f", threshold))[0]
+
+
+def _run_gate(keys: Tensor, adapter: AdapterWeights, bound: float, chosen: Backend) -> tuple[Tensor, int, int]:
+    """Logits [T], the first row where they are not finite or −1, and how many lie above `bound`.
+
+    On a GPU the row is always −1 and every gate may be open: reading either would wait for the device.
+    """
     if chosen.module is None:
+        dtype = _compute_dtype(keys, adapter)
         tiles = [_logits(tile.to(dtype), adapter, dtype) for tile in keys.split(_TILE_TOKENS)]
         logits = torch.cat(tiles) if tiles else keys.new_empty(0, dtype=dtype)
-        bad = (~torch.isfinite(logits)).nonzero() if keys.device.type == "cpu" else keys.new_empty(0)
-        return logits, int(bad[0]) if bad.numel() else -1
-    logits = keys.new_empty(keys.shape[0], dtype=torch.float32)
-    b1, w2 = adapter.b1.float().contiguous(), adapter.w2.float().contiguous()
-    bad_row = chosen.module.gate_logits(
-        _dense_rows(keys), _dense_rows(adapter.w1), b1, w2, float(adapter.b2), logits, chosen.level, native.n_threads()
+        if keys.device.type != "cpu":
+            return logits, -1, keys.shape[0]
+        bad = (~torch.isfinite(logits)).nonzero()
+        return logits, int(bad[0]) if bad.numel() else -1, int((logits > bound).sum())
+    logits = torch.empty(keys.shape[0])
+    bad_row, n_open = chosen.module.gate_logits(
+        _dense_rows(keys),
+        _dense_rows(adapter.w1),
+        adapter.b1.float().contiguous(),
+        adapter.w2.float().contiguous(),
+        float(adapter.b2),
+        bound,
+        logits,
+        chosen.level,
+        native.n_threads(),
     )
-    return logits, bad_row
+    return logits, bad_row, n_open
 
 
 def _dense_rows(matrix: Tensor) -> Tensor:
@@ -263,12 +283,13 @@ def _moved(rows: Tensor, adapter: AdapterWeights, dtype: torch.dtype, chosen: Ba
 def _chain(
     keys: Tensor, adapters: Sequence[AdapterWeights], thresholds: Sequence[float], chosen: Backend
 ) -> tuple[Tensor, Tensor]:
-    opened = torch.zeros(len(adapters), keys.shape[0], dtype=torch.bool, device=keys.device)
-    current = keys
-    for number, (adapter, bound) in enumerate(zip(adapters, thresholds, strict=True)):
-        logits = _finite_logits(current, adapter, bound, chosen)
-        torch.gt(logits, _rounded(bound, logits), out=opened[number])
-        current = _add_open(keys, current, current, adapter, opened[number], chosen)
+    current, masks = keys, []
+    for adapter, bound in zip(adapters, thresholds, strict=True):
+        gate = _gate(current, adapter, bound, chosen)
+        masks.append(gate.opened)
+        if gate.any_open:
+            current = _add_open(keys, current, current, adapter, gate.opened, chosen)
+    opened = torch.stack(masks)
     return _narrowed(keys, current, opened), opened
 
 
@@ -301,9 +322,10 @@ def _add_open(
 def _narrowed(keys: Tensor, current: Tensor, opened: Tensor) -> Tensor:
     """`keys` with the changed rows rounded to the keys' dtype; shut rows keep their bits, NaN payloads included."""
     adapted = keys.clone(memory_format=torch.contiguous_format)
+    if current is keys:
+        return adapted
     rows = opened.any(0).nonzero().squeeze(1)
-    if rows.numel():
-        adapted[rows] = current[rows].to(keys.dtype)
+    adapted[rows] = current[rows].to(keys.dtype)
     return adapted
 
 
@@ -315,7 +337,7 @@ def _fake(keys: Tensor, weights: Sequence[Tensor], thresholds: Sequence[float], 
 
 def _forward_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:
     (adapter,) = _unflatten(weights)
-    return _run_gate(keys, adapter, _compute_dtype(keys, adapter), _body(keys, [adapter]))[0]
+    return _run_gate(keys, adapter, math.inf, _body(keys, [adapter]))[0]
 
 
 def _fake_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:

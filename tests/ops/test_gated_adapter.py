@@ -107,6 +107,15 @@ def test_compositions_in_float64(compose: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("compose", COMPOSITIONS)
+def test_gates_that_are_always_open_compose_with_others(level: str, compose: str) -> None:
+    adapters = [random_adapter(30, 6, seed=seed) for seed in range(3)]
+    keys = random_keys(20, 30)
+    found = gated_adapter(keys, adapters, tau=[0.0, 0.5, 0.0], compose=compose)
+    wanted = reference.gated_adapter(keys, adapters, tau=[0.0, 0.5, 0.0], compose=compose)
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_chain_differs_from_sum_where_an_earlier_gate_moved_the_key() -> None:
     adapters = [random_adapter(20, 6, dtype=torch.float64, seed=seed) for seed in range(2)]
     keys = random_keys(9, 20, dtype=torch.float64)
