@@ -30,6 +30,7 @@ from rep_fast.cli.screen import Screen, opened
 if TYPE_CHECKING:
     from rep_fast.collisions import ScanResult
     from rep_fast.facts import EditCase
+    from rep_fast.models import EditableLM
 
 _SHOWN_SUBJECTS, _SHOWN_HITS = 12, 3
 
@@ -75,7 +76,7 @@ def scan(
             progress=lambda done, total: screen.progress("scan", done, total),
         )
         watch.lap("scan")
-        _show(screen, found, bench.text.name)
+        _show(screen, lm, found, bench.text.name)
         screen.answer(
             {
                 "model": model,
@@ -111,7 +112,9 @@ def _subjects(cases: list[EditCase], found: ScanResult) -> list[dict[str, Any]]:
     ]
 
 
-def _show(screen: Screen, found: ScanResult, text_name: str) -> None:
+def _show(screen: Screen, lm: EditableLM, found: ScanResult, text_name: str) -> None:
+    from rep_fast.report.gathering import without_marks
+
     table = Table(
         "subject", "ρ", "corpus text up to the hit",
         title=f"Strongest collisions in {found.n_tokens:,} tokens of {text_name}, layer {found.layer}",
@@ -120,7 +123,7 @@ def _show(screen: Screen, found: ScanResult, text_name: str) -> None:
     ranked = sorted((own for own in found.collisions if own), key=lambda own: -own[0].rho)
     for own in ranked[:_SHOWN_SUBJECTS]:
         for number, hit in enumerate(own[:_SHOWN_HITS]):
-            prefix = escape(hit.prefix_text.removesuffix(hit.hit_token)[-70:])
+            prefix = escape(without_marks(lm, hit.prefix_text.removesuffix(hit.hit_token))[-70:])
             subject = escape(hit.subject) if number == 0 else ""
             table.add_row(subject, f"{hit.rho:.2f}", f"…{prefix}[bold]{escape(hit.hit_token)}[/bold]")
     screen.show(table)

@@ -156,8 +156,8 @@ def _warnings_on(screen: Screen) -> Iterator[None]:
 
 
 def _console(stream: Any) -> Console:
-    console = Console(file=stream)
-    return console if console.is_terminal else Console(file=stream, width=_PIPED_WIDTH)
+    console = Console(file=stream, highlight=False)
+    return console if console.is_terminal else Console(file=stream, width=_PIPED_WIDTH, highlight=False)
 
 
 def _bars(console: Console) -> Progress:

@@ -23,7 +23,7 @@ from rep_fast.cli.screen import Screen, opened
 if TYPE_CHECKING:
     from rep_fast.paths import NodeScores, PathSelection
 
-_SHOWN_NODES = 6
+_SHOWN_NODES = 4
 
 
 def trace(
@@ -101,7 +101,7 @@ def _show(
     screen.show(f"{text} [bold]{target}[/bold]   (NLL {scores.nll[0]:.3f} per token on the unedited model)")
     table = Table(title=f"Best nodes by {scores.score}, {scores.k_node} columns as key nodes", title_justify="left")
     for heading in ("layer", "key nodes", "mean", "", "value nodes", "mean", ""):
-        table.add_column(heading, justify="right" if heading in ("layer", "mean") else "left", no_wrap=heading == "")
+        table.add_column(heading, justify="right" if heading in ("layer", "mean") else "left", no_wrap=True)
     largest = {part: max((own[f"{part}_mean"] for own in layers), default=0.0) for part in ("key", "value")}
     for own in layers:
         row = [str(own["layer"])]
@@ -117,5 +117,5 @@ def _show(
     screen.show(f"best path, score {first.score:.4g}: {steps}")
 
 
-def _bar(value: float, largest: float, width: int = 12) -> str:
+def _bar(value: float, largest: float, width: int = 8) -> str:
     return "█" * round(width * value / largest) if largest > 0 else ""

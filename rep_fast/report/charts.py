@@ -16,6 +16,8 @@ from rep_fast.report.data import LayerScores, MetricRow, Similarities
 # placeholder colour → CSS variable of page.css
 _INK, _FAINT, _PLAIN, _STRONG, _OTHER = "#010203", "#020304", "#030405", "#040506", "#050607"
 _VARIABLES = {_INK: "--ink", _FAINT: "--line", _PLAIN: "--plain", _STRONG: "--strong", _OTHER: "--other"}
+# the light page's values of the variables, for pictures outside a page
+_LIGHT = {"--ink": "#1d2430", "--line": "#dfe3e8", "--plain": "#d9822b", "--strong": "#1f7a8c", "--other": "#98a2b3"}
 _KIND_WORDS = {
     "original": "edited prompt",
     "rephrase": "other names",
@@ -41,6 +43,15 @@ def metric_chart(metrics: Sequence[MetricRow], plain: str, improved: str) -> str
     axes.grid(axis="x", color=_FAINT, linewidth=0.6)
     _legend_above(figure, axes)
     return _as_svg(figure, "metrics")
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own: fixed colours on white, in its natural size."""
+    for variable, color in _LIGHT.items():
+        svg = svg.replace(f"var({variable})", color)
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups()  # type: ignore[union-attr]
+    attributes = f'width="{width}pt" height="{height}pt" font-family="sans-serif" style="background: #ffffff"'
+    return svg.replace("<svg ", f"<svg {attributes} ", 1)
 
 
 def metric_label(name: str) -> str:

@@ -103,18 +103,21 @@ def collision_rows(
     lm: EditableLM, scanned: ScanResult, *, per_subject: int = 2, most: int = 12
 ) -> tuple[CollisionRow, ...]:
     """The strongest collisions, at most `per_subject` of each; marks of a document's start become blanks."""
-
-    def plain(text: str) -> str:
-        for mark in lm.tokenizer.all_special_tokens:
-            text = text.replace(mark, " ")
-        return text
-
     hits = [hit for own in scanned.collisions for hit in own[:per_subject]]
     hits.sort(key=lambda hit: -hit.rho)
     return tuple(
-        CollisionRow(hit.subject, hit.rho, plain(hit.prefix_text.removesuffix(hit.hit_token)).lstrip(), hit.hit_token)
+        CollisionRow(
+            hit.subject, hit.rho, without_marks(lm, hit.prefix_text.removesuffix(hit.hit_token)), hit.hit_token
+        )
         for hit in hits[:most]
     )
+
+
+def without_marks(lm: EditableLM, text: str) -> str:
+    """A corpus text without the tokenizer's special tokens, which stand where documents begin."""
+    for mark in lm.tokenizer.all_special_tokens:
+        text = text.replace(mark, " ")
+    return text.lstrip()
 
 
 def layer_scores(label: str, scores: NodeScores, *, top: int = 15) -> LayerScores:

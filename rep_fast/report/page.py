@@ -17,13 +17,19 @@ _MOVED = 0.05
 
 
 def write_report(data: ReportData, directory: str | Path) -> Path:
-    """Write `index.html` into a directory and return its path.
+    """Write `index.html` into a directory and return its path; where columns are compared, `metrics.svg` beside it.
+
+    The page needs no other file; the picture is for pages elsewhere.
 
     Raises:
         OutputError: it cannot be written. MissingDependencyError: jinja2 or matplotlib is not installed.
     """
     path = Path(directory) / "index.html"
     write_atomically(path, render(data).encode("utf-8"))
+    compared = _compared(data)
+    if compared["improved"] and data.metrics:
+        picture = charts.metric_chart(data.metrics, compared["plain"], compared["improved"])
+        write_atomically(path.with_name("metrics.svg"), charts.standalone(picture).encode("utf-8"))
     return path
 
 

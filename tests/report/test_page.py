@@ -6,6 +6,7 @@ import dataclasses
 import re
 import sys
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from example import example_report
@@ -102,6 +103,9 @@ def test_is_written_whole_or_refused(tmp_path, page):
     path = write_report(example_report(), tmp_path / "new")
     assert path == tmp_path / "new" / "index.html"
     assert path.read_text(encoding="utf-8") == page
+    picture = (tmp_path / "new" / "metrics.svg").read_text(encoding="utf-8")
+    assert "var(" not in picture
+    ElementTree.fromstring(picture)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError):
         write_report(example_report(), tmp_path / "file")
