@@ -18,15 +18,16 @@ from rep_fast.factworld.world import FactSource, World
 from rep_fast.models import EditableLM
 from rep_fast.safe_files import write_atomically
 
+NAME = "factworld"
 SPLITS = ("validation", "test")
 WORLD_FILE, RECORDS_FILE = "world.json", "records.json"
 # the streams that moments, scans and contexts read differ from the training stream and from each other by this seed
 TEXT_SEED = 1
 
 
-def load(name: str = "factworld") -> EditableLM:
+def load() -> EditableLM:
     """The embedded model, float32 on the CPU (or the GPU where there is one)."""
-    return EditableLM.from_pretrained(name)
+    return EditableLM.from_pretrained(NAME)
 
 
 def cases(split: str) -> list[EditCase]:
@@ -73,7 +74,7 @@ def world_of(directory: str | Path) -> FactSource | None:
     Raises:
         CorruptFileError: the directory's world file cannot be read.
     """
-    if str(directory) in ("factworld", "factworld-gpt2"):
+    if str(directory) == NAME:
         return World.generate()
     path = Path(directory) / WORLD_FILE
     if not path.is_file():

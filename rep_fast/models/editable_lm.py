@@ -65,7 +65,7 @@ class EditableLM(LayeredModel):
         trust_remote_code: bool = False,
         layout: Layout | None = None,
     ) -> EditableLM:
-        """Load a model directory, a hub id, or one of the embedded models "factworld" and "factworld-gpt2".
+        """Load a model directory, a hub id, or the embedded model "factworld".
 
         dtype: a name or torch dtype; None keeps the stored one (float32 for the embedded models). device: None takes
         CUDA where there is one. device_map: handed to transformers instead of `device`.

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rep_fast.errors import HparamError, MissingDependencyError, ModelLoadError, NonFiniteError
 from rep_fast.models.families import Layout, layout_for
 
-# names of the embedded models → directory of their weights inside the package
-EMBEDDED = {"factworld": "llama", "factworld-gpt2": "gpt2"}
+# name of the embedded model → directory of its weights inside the package
+EMBEDDED = {"factworld": "llama"}
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, AttributeError)
 
