@@ -163,6 +163,10 @@ class EditableLM(LayeredModel):
         """
         return tokens.locate(self.tokenizer, prompt, subject, strategy=strategy)
 
+    def locate_all(self, pairs: Sequence[tuple[str, str]]) -> list[Located]:
+        """`locate` at the subject's last token for many (prompt with `{}`, subject), in one call of the tokenizer."""
+        return tokens.locate_all(self.tokenizer, pairs)
+
     def answer(self, prompt: str, target: str, *, mode: str = "in_context") -> Answer:
         """Ids and positions for the target after a prompt (methods §2.4 item 4); see `tokens.answer`."""
         return tokens.answer(self.tokenizer, prompt, target, mode=mode)

@@ -101,6 +101,24 @@ def locate(tokenizer: Any, prompt: str, subject: str, *, strategy: str = "subjec
     return Located(ids, position)
 
 
+def locate_all(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Located]:
+    """`locate` at the subject's last token for many (prompt, subject): one call of a tokenizer with offsets."""
+    if not getattr(tokenizer, "is_fast", False) or not pairs:
+        return [locate(tokenizer, prompt, subject) for prompt, subject in pairs]
+    split = [split_prompt(prompt, subject) for prompt, subject in pairs]
+    texts = [before + subject + after for (before, after), (_, subject) in zip(split, pairs, strict=True)]
+    encoded = tokenizer(texts, return_offsets_mapping=True)
+    found = []
+    for number, (prompt, subject) in enumerate(pairs):
+        character = len(split[number][0]) + len(subject) - 1
+        position = spanned_position(encoded["offset_mapping"][number], character, first=False)
+        if position is None:
+            found.append(locate(tokenizer, prompt, subject))
+        else:
+            found.append(Located(tuple(encoded["input_ids"][number]), position))
+    return found
+
+
 def _encode_with_spans(tokenizer: Any, text: str) -> tuple[tuple[int, ...], Sequence[tuple[int, int]] | None]:
     """Ids and, where the tokenizer keeps them, the characters each token came from."""
     if not getattr(tokenizer, "is_fast", False):

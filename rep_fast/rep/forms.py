@@ -81,7 +81,7 @@ class LocatedTexts:
 
     @classmethod
     def of(cls, lm: EditableLM, texts: Sequence[tuple[str, str]]) -> LocatedTexts:
-        found = [lm.locate(prompt, subject) for prompt, subject in texts]
+        found = lm.locate_all(texts)
         return cls(tuple(one.ids for one in found), tuple(one.position for one in found))
 
     def subject_keys(self, lm: EditableLM, layer: int) -> Tensor:

@@ -158,10 +158,19 @@ def _loss(
         )
     negative_logits = gate_logits(negatives, weights)
     return calibrated_loss(
-        adapted, positives, logits, negative_logits, moved_anchor, keys.anchor, keys.response,
-        alpha=hparams.consistency, response_target=hparams.response_target, response_weight=hparams.response_weight, shift_weight=hparams.shift_weight,
+        adapted,
+        positives,
+        logits,
+        negative_logits,
+        moved_anchor,
+        keys.anchor,
+        keys.response,
+        alpha=hparams.consistency,
+        response_target=hparams.response_target,
+        response_weight=hparams.response_weight,
+        shift_weight=hparams.shift_weight,
         negative_weight=hparams.negative_weight,
-    )  # fmt: skip
+    )
 
 
 def _slices(keys: Tensor, size: int | None, order_seed: str) -> Iterator[Tensor]:

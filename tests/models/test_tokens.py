@@ -14,6 +14,7 @@ from rep_fast.models.tokens import (
     counted_position,
     encode_text,
     locate,
+    locate_all,
     spanned_position,
 )
 
@@ -230,3 +231,14 @@ def test_standalone_target_longer_than_the_text_is_refused():
 
     with pytest.raises(TokenizationError, match="more tokens"):
         answer(Short(), "p", "t", mode="standalone")
+
+
+def test_many_subjects_at_once_are_found_where_each_alone_is(tiny_tokenizer):
+    pairs = [
+        ("{} belongs to Europe", "Slovenia"),
+        ("The capital of {} is", "São Paulo"),
+        ("Somebody said that {}", "Go Hyeon-jeong"),
+    ]
+    alone = [locate(tiny_tokenizer, prompt, subject) for prompt, subject in pairs]
+    assert locate_all(tiny_tokenizer, pairs) == alone
+    assert locate_all(tiny_tokenizer, []) == []
