@@ -143,14 +143,15 @@ class EditableLM(LayeredModel):
         """
         texts = [texts] if isinstance(texts, str) else texts
         ids = [tokens.encode_text(self.tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
+        vocabulary = self.vocab_size  # one look-up in the configuration, which costs as much as a row
         for number, row in enumerate(ids):
-            outside = [token for token in row if not 0 <= token < self.vocab_size]
-            if outside:
+            if row and not 0 <= min(row) <= max(row) < vocabulary:
+                outside = next(token for token in row if not 0 <= token < vocabulary)
                 raise TokenizationError(
-                    f"token id {outside[0]} in text {number} lies outside the model's vocabulary of {self.vocab_size}; "
+                    f"token id {outside} in text {number} lies outside the model's vocabulary of {vocabulary}; "
                     f"use the model's own tokenizer"
                 )
-            self.check_length(len(row))
+        self.check_length(max(map(len, ids), default=0))
         return Batch.from_rows(ids, pad_id=self.pad_id, device=self.device)
 
     def locate(self, prompt: str, subject: str, *, strategy: str = "subject_last") -> Located:
