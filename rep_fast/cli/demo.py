@@ -77,6 +77,7 @@ def _edit(
 ) -> tuple[list[EditedFact], tuple[Similarities, ...]]:
     """Some facts with their answers, and the similarities of a few more."""
     from rep_fast.analysis import form_similarities
+    from rep_fast.errors import NothingToEditError
     from rep_fast.report.gathering import edited_fact, similarity_rows
 
     edited, measured = [], []
@@ -84,10 +85,14 @@ def _edit(
     chosen = cases[::2][: max(SHOWN_EDITS, MEASURED)]
     for number, case in enumerate(chosen):
         screen.progress("edit", number, len(chosen))
-        plain = bench.edit(case, method=METHOD, seed=seed)
+        try:
+            plain = bench.edit(case, method=METHOD, seed=seed)
+        except NothingToEditError as error:  # a model that was trained too short need not end the demo
+            screen.warn(str(error))
+            continue
         robust = bench.with_rep(plain, case, seed=seed)
         measured.append(form_similarities(bench, robust, case, seed=seed))
-        if number < SHOWN_EDITS:
+        if len(edited) < SHOWN_EDITS:
             edited.append(edited_fact(bench.lm, case, {METHOD: plain, f"{METHOD}+rep": robust}, seed=seed))
     screen.progress("edit", len(chosen), len(chosen))
     return edited, similarity_rows(measured)

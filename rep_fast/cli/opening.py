@@ -87,12 +87,16 @@ def own_cases(lm: EditableLM, split: str) -> list[EditCase]:
         RecordError: it has none. HparamError: unknown split.
     """
     from rep_fast import factworld
+    from rep_fast.factworld.embedded import SPLITS
+    from rep_fast.models.loading import EMBEDDED
 
     world = factworld.world_of(lm.name)
     if world is None:
         raise RecordError(f"{lm.name} brings no records of its own; name a file with --cases")
     if isinstance(world, factworld.RecordWorld):
         return list(world.cases)
+    if lm.name not in EMBEDDED and isinstance(world, factworld.World) and split in SPLITS:
+        return factworld.evaluation_cases(world, split)
     return factworld.cases(split)
 
 

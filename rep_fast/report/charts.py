@@ -103,7 +103,7 @@ def layer_chart(layers: Sequence[LayerScores], part: str, edited_layer: int | No
     rows = [[np.nan if score is None else score for score in getattr(own, part)] for own in layers]
     scores = np.array(rows, dtype=float)
     scaled = scores / np.maximum(np.nanmax(np.abs(scores), axis=1, keepdims=True), 1e-30)
-    figure, axes = _figure(3.6, 0.95 + 0.3 * len(layers))
+    figure, axes = _figure(4.4, 0.95 + 0.3 * len(layers))
     mesh = axes.pcolormesh(scaled, cmap="viridis", vmin=0, vmax=1, edgecolor="none")
     axes.set_yticks([place + 0.5 for place in range(len(layers))], [_shortened(own.label, 22) for own in layers])
     axes.invert_yaxis()
@@ -114,6 +114,7 @@ def layer_chart(layers: Sequence[LayerScores], part: str, edited_layer: int | No
     bar = figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.03)
     bar.outline.set_visible(False)
     bar.set_ticks([0, 0.5, 1])
+    bar.ax.tick_params(labelsize=9, length=0)
     return _as_svg(figure, f"layers-{part}")
 
 
