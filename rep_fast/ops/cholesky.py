@@ -52,9 +52,10 @@ def factorise(matrix: Tensor, *, shift: float, precision: str) -> tuple[Factor |
     scale = torch.exp2(-torch.round(torch.log2(diagonal) / 2))
     dtype = _DTYPE_OF[precision]
     scaled = torch.empty_like(matrix, dtype=dtype, memory_format=torch.contiguous_format)
-    for start in range(0, matrix.shape[0], 512):
+    for start in range(0, matrix.shape[0], 512):  # the lower triangle only: nothing else is read
         rows = slice(start, start + 512)
-        scaled[rows] = (matrix[rows].double() * scale[rows].unsqueeze(1) * scale).to(dtype)
+        block = matrix[rows, : start + 512] * scale[rows].unsqueeze(1)  # float64, since scale is
+        scaled[rows, : start + 512] = block.mul_(scale[: start + 512])
     scaled.diagonal().copy_(diagonal * scale.square())
     lower, pivot = _factor_in_place(scaled)
     if lower is None:

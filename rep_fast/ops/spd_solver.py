@@ -8,6 +8,7 @@ conjugate gradients preconditioned by the factor take over where plain refinemen
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -296,21 +297,33 @@ def _checked(matrix: Tensor, precision: str, tolerance: float) -> Tensor:
             f"SpdSolver: second moment must be (M, M) float32|float64, got {tuple(matrix.shape)} {matrix.dtype}"
         )
     matrix = matrix.detach()
-    largest, difference = 0.0, 0.0
-    for start in range(0, matrix.shape[0], _TILE_ROWS):
-        rows, columns = matrix[start : start + _TILE_ROWS], matrix[:, start : start + _TILE_ROWS]
-        finite = torch.isfinite(rows).all(dim=1)
-        if not bool(finite.all()):
-            row = start + int((~finite).nonzero()[0])
-            raise NonFiniteError(f"SpdSolver: second moment holds a NaN or infinity in row {row}")
-        largest = max(largest, float(rows.abs().max()))
-        difference = max(difference, float((rows - columns.T).abs().max()))
+    largest = max(_largest_entry(rows, first) for first, rows in _tiles(matrix))
+    difference = 0.0
+    for first, rows in _tiles(matrix):
+        for other, other_rows in _tiles(matrix[: first + _TILE_ROWS]):
+            tile, mirrored = rows[:, other : other + _TILE_ROWS], other_rows[:, first : first + _TILE_ROWS].T
+            if not torch.equal(tile, mirrored):
+                difference = max(difference, float((tile - mirrored).abs().max()))
     if difference > _ASYMMETRY[matrix.dtype] * largest:
         raise HparamError(
             f"SpdSolver: second moment is not symmetric, |C - Cᵀ| reaches {difference:.2e} with entries up to"
             f" {largest:.2e}; pass a full symmetric matrix, not one triangle"
         )
     return matrix if difference == 0.0 else (matrix + matrix.T) / 2
+
+
+def _tiles(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of `_TILE_ROWS` rows at a time."""
+    for first in range(0, matrix.shape[0], _TILE_ROWS):
+        yield first, matrix[first : first + _TILE_ROWS]
+
+
+def _largest_entry(rows: Tensor, first: int) -> float:
+    smallest, largest = (float(value) for value in rows.aminmax())
+    if not math.isfinite(smallest) or not math.isfinite(largest):
+        row = first + int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
+        raise NonFiniteError(f"SpdSolver: second moment holds a NaN or infinity in row {row}")
+    return max(-smallest, largest)
 
 
 def _singular(M: int, pivot: int, token_count: int | None, ridge: float, auto: bool) -> str:

@@ -169,12 +169,27 @@ def test_float32_moments_are_kept_in_float32_and_not_copied() -> None:
     assert SpdSolver.factor(C).second_moment.data_ptr() == C.data_ptr()
 
 
+def test_the_moment_is_left_as_it_was() -> None:
+    C = moment_of_condition(16, 10)
+    before = C.clone()
+    SpdSolver.factor(C, ridge=0.5).solve(random_columns(16, 1))
+    assert torch.equal(C, before)
+
+
 def test_rounding_of_a_product_is_not_an_asymmetry() -> None:
     C = moment_of_condition(30, 10)
     noise = 1e-12 * random_columns(30, 30)
     b = random_columns(30, 1)
     found = SpdSolver.factor(C + noise).solve(b)
     assert residual((C + noise + (C + noise).T) / 2, found, b) <= 1e-10
+
+
+@pytest.mark.parametrize("entry", [(599, 0), (0, 599), (513, 511), (3, 5)])
+def test_one_entry_that_breaks_symmetry_is_found(entry: tuple[int, int]) -> None:
+    C = torch.eye(600)
+    C[entry] = 1e-3
+    with pytest.raises(HparamError, match="not symmetric"):
+        SpdSolver.factor(C)
 
 
 def test_zero_and_missing_columns() -> None:
