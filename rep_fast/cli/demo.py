@@ -80,7 +80,8 @@ def _edit(
     from rep_fast.errors import NothingToEditError
     from rep_fast.report.gathering import edited_fact, similarity_rows
 
-    edited, measured = [], []
+    edited: list[EditedFact] = []
+    measured = []
     # two records about one person stand beside each other: every second one shows other people
     chosen = cases[::2][: max(SHOWN_EDITS, MEASURED)]
     for number, case in enumerate(chosen):
