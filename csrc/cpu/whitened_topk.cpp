@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "core/work_queue.h"
 
@@ -158,7 +159,7 @@ class PackedQueries {
     PackedQueries(MatrixView<const float> queries, int n_threads)
         : queries_(queries),
           n_panels_((queries.rows + kPanelQueries - 1) / kPanelQueries),
-          panels_(static_cast<std::size_t>(n_panels_ * kPanelQueries * queries.cols)),
+          panels_(buffer_.reserve(n_panels_ * kPanelQueries * queries.cols)),
           norms_(static_cast<std::size_t>(n_panels_ * kPanelQueries)),
           margins_(norms_.size()) {
         const std::int64_t n_depths = (queries.cols + kBlockDepth - 1) / kBlockDepth;
@@ -175,7 +176,7 @@ class PackedQueries {
 
     std::int64_t n_padded() const { return n_panels_ * kPanelQueries; }
     std::int64_t panel_stride() const { return kPanelQueries * queries_.cols; }
-    const float* panel(std::int64_t number) const { return panels_.data() + number * panel_stride(); }
+    const float* panel(std::int64_t number) const { return panels_ + number * panel_stride(); }
     const float* margins() const { return margins_.data(); }
     float underflow() const { return underflow_; }
     bool is_finite(std::int64_t query) const { return std::isfinite(norms_[static_cast<std::size_t>(query)]); }
@@ -188,23 +189,34 @@ class PackedQueries {
 
   private:
     void pack(std::int64_t panel, double gamma) {
-        float* const out = panels_.data() + panel * panel_stride();
-        for (std::int64_t q = 0; q < kPanelQueries && panel * kPanelQueries + q < queries_.rows; ++q) {
-            const float* const query = queries_.row(panel * kPanelQueries + q);
-            double square = 0.0;
-            for (std::int64_t j = 0; j < queries_.cols; ++j) {
-                out[j * kPanelQueries + q] = query[j];
-                square += static_cast<double>(query[j]) * static_cast<double>(query[j]);
+        float* const out = panels_ + panel * panel_stride();
+        std::fill(out, out + panel_stride(), 0.0f);
+        const std::int64_t first = panel * kPanelQueries;
+        const std::int64_t n_queries = std::min(kPanelQueries, queries_.rows - first);
+        std::array<double, kPanelQueries> squares{};
+        // by k-blocks, so that the part of the panel being filled stays in L1 for all 16 queries
+        for (std::int64_t depth = 0; depth < queries_.cols; depth += kBlockDepth) {
+            const std::int64_t end = std::min(depth + kBlockDepth, queries_.cols);
+            for (std::int64_t q = 0; q < n_queries; ++q) {
+                const float* const query = queries_.row(first + q);
+                for (std::int64_t j = depth; j < end; ++j) {
+                    out[j * kPanelQueries + q] = query[j];
+                    squares[static_cast<std::size_t>(q)] +=
+                        static_cast<double>(query[j]) * static_cast<double>(query[j]);
+                }
             }
-            const auto index = static_cast<std::size_t>(panel * kPanelQueries + q);
-            norms_[index] = std::sqrt(square) * kRoundingSlack;
+        }
+        for (std::int64_t q = 0; q < n_queries; ++q) {
+            const auto index = static_cast<std::size_t>(first + q);
+            norms_[index] = std::sqrt(squares[static_cast<std::size_t>(q)]) * kRoundingSlack;
             margins_[index] = round_up(gamma * norms_[index] * kRoundingSlack);
         }
     }
 
     MatrixView<const float> queries_;
     std::int64_t n_panels_;
-    std::vector<float> panels_;
+    AlignedBuffer buffer_;
+    float* panels_;
     std::vector<double> norms_;
     std::vector<float> margins_;
     float underflow_ = 0.0f;
@@ -249,7 +261,7 @@ class Worker {
           hits_(floors_.size()),
           thresholds_(static_cast<std::size_t>(packed.n_padded()), std::numeric_limits<float>::infinity()),
           widened_(static_cast<std::size_t>(kBlockKeys * kWidenedStride)),
-          scores_(static_cast<std::size_t>(kBlockKeys * std::min(kChunkQueries, packed.n_padded()))),
+          scores_(buffer_.reserve(kBlockKeys * std::min(kChunkQueries, packed.n_padded()))),
           survivors_(static_cast<std::size_t>(kChunkQueries)) {
         for (std::int64_t query = 0; query < state.scores.rows; ++query) {
             const std::int64_t last_id = state.ids.row(query)[k_ - 1];
@@ -289,7 +301,7 @@ class Worker {
     const std::vector<Hit>& hits(std::int64_t query) const { return hits_[static_cast<std::size_t>(query)]; }
     const float* thresholds() const { return thresholds_.data(); }
     float* widened() { return widened_.data(); }
-    float* scores() { return scores_.data(); }
+    float* scores() { return scores_; }
     std::int32_t* survivors() { return survivors_.data(); }
     ScanReport report;
 
@@ -307,7 +319,8 @@ class Worker {
     std::vector<std::vector<Hit>> hits_;
     std::vector<float> thresholds_;
     std::vector<float> widened_;
-    std::vector<float> scores_;
+    AlignedBuffer buffer_;
+    float* scores_;
     std::vector<std::int32_t> survivors_;
 };
 
@@ -488,7 +501,11 @@ ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLeve
     }
     const std::int64_t n_blocks = (n_keys + kBlockKeys - 1) / kBlockKeys;
     const auto n_workers = std::clamp<std::int64_t>(n_blocks, 1, std::max(n_threads, 1));
-    std::vector<Worker> workers(static_cast<std::size_t>(n_workers), Worker(input, state, packed));
+    std::vector<Worker> workers;
+    workers.reserve(static_cast<std::size_t>(n_workers));
+    for (std::int64_t worker = 0; worker < n_workers; ++worker) {
+        workers.emplace_back(input, state, packed);
+    }
     const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), level).kernels;
     std::visit(
         [&](const auto& keys) {
