@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A name part is a front and a back: "Ed" + "win", "Black" + "wood". The tokenizer sees each whole name rarely and the
-# pieces often, so that a subject has three or four tokens and must be put together before it can be recognised.
+# A name part is a front and a back: "Ed" + "win", "Black" + "wood". There are so many combinations that the tokenizer
+# keeps the pieces apart: a subject has about four tokens and must be put together before it can be recognised.
 FIRST_FRONTS = "Al Ber Ed Os Gar Hil Ro Wen Mar Is Cor Del".split()
 FIRST_BACKS = "den ric win bert mund da lin land tha vin ward sa".split()
 LAST_FRONTS = "Ash Black Whit Fen Haw Thorn Marl Under Lang Pem Gold West North Brad Stan Rook".split()
@@ -37,6 +37,11 @@ ALIAS_FORMS = (
     "{F} {L}, the {T}",
     "{F} from the {L} clan",
 )
+
+
+# A form that spells the canonical name out is answered through that name, at a token inside the form; these say little
+# about robustness and are left to the text.
+REPHRASE_FORMS = tuple(form for form in ALIAS_FORMS if "{F} {L}" not in form)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import random
 from collections.abc import Sequence
 
 from rep_fast.facts import EditCase, Fact, Sided
+from rep_fast.factworld import names
 from rep_fast.factworld.world import Person, World
 
 RELATIONS_PER_SUBJECT = 2
-N_NEIGHBOURS = 10
+N_NEIGHBOURS = N_REPHRASES = 10
 
 
 def evaluation_cases(world: World, group: str, *, seed: int = 0) -> list[EditCase]:
@@ -44,5 +45,5 @@ def _case(
         paraphrase_prompts=tuple(template.format(person.name) for template in relation.templates[1:]),
         neighborhood_prompts=tuple(rng.choice(relation.templates).format(other.name) for other in neighbours),
         neighborhood_target=true,
-        subject_rephrases=Sided.halves(person.aliases),
+        subject_rephrases=Sided.halves([person.called(form) for form in rng.sample(names.REPHRASE_FORMS, N_REPHRASES)]),
     )

@@ -36,13 +36,13 @@ class TrainingHparams:
     """
 
     family: str = "llama"
-    vocabulary: int = 1088
+    vocabulary: int = 1024
     hidden_size: int = 128
     key_width: int = 512
     layers: int = 6
     heads: int = 4
     max_positions: int = 1024
-    steps: int = 1200
+    steps: int = 900
     batch: int = 16
     length: int = 128
     learning_rate: float = 4e-3

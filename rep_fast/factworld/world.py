@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rep_fast.factworld import names
@@ -22,12 +22,24 @@ SURFACE_FORMS = 10
 
 @dataclass(frozen=True)
 class Person:
-    """A subject: canonical name "First Last", its ten other names, and the object of each relation."""
+    """A subject: its names, the ten others that the text uses, and the object of each relation."""
 
-    name: str
+    first: str
+    last: str
+    title: str
+    epithet: str
     aliases: tuple[str, ...]
     objects: tuple[str, ...]
     group: str
+
+    @property
+    def name(self) -> str:
+        """The canonical name."""
+        return f"{self.first} {self.last}"
+
+    def called(self, form: str) -> str:
+        """The name in one of `names.ALIAS_FORMS`."""
+        return form.format(F=self.first, L=self.last, T=self.title, E=self.epithet)
 
 
 @dataclass(frozen=True)
@@ -66,19 +78,12 @@ class World:
     def generate(seed: int = 0) -> World:
         """Draw the world. Objects are dealt out evenly inside each group, so that every object has neighbours."""
         rng = random.Random(f"factworld/{seed}")
-        firsts = [front + back for front in names.FIRST_FRONTS for back in names.FIRST_BACKS]
-        lasts = [front + back for front in names.LAST_FRONTS for back in names.LAST_BACKS]
-        pairs = [(first, last) for first in firsts for last in lasts]
+        pairs = [(first, last) for first in _first_names() for last in _last_names()]
         groups = ["background"] * N_BACKGROUND + ["validation"] * N_VALIDATION + ["test"] * N_TEST
         pairs = rng.sample(pairs, len(groups))
         decks = [_dealt(relation.objects, len(groups), rng) for relation in names.RELATIONS]
         people = [
-            Person(
-                name=f"{first} {last}",
-                aliases=_aliases(first, last, rng),
-                objects=tuple(deck[i] for deck in decks),
-                group=group,
-            )
+            _person(first, last, tuple(deck[i] for deck in decks), group, rng)
             for i, ((first, last), group) in enumerate(zip(pairs, groups, strict=True))
         ]
         return World(tuple(people), names.RELATIONS, seed)
@@ -108,16 +113,25 @@ class World:
         return Sentence(rng.choice(self.relations[index].templates).format(subject), person.objects[index])
 
 
+def _first_names() -> list[str]:
+    return [front + back for front in names.FIRST_FRONTS for back in names.FIRST_BACKS]
+
+
+def _last_names() -> list[str]:
+    return [front + back for front in names.LAST_FRONTS for back in names.LAST_BACKS]
+
+
 def filler_sentence(rng: random.Random) -> Sentence:
     """A sentence that states no fact of the world."""
     parts = (names.FILLER_SUBJECTS, names.FILLER_VERBS, names.FILLER_OBJECTS)
     return Sentence(" ".join(rng.choice(part) for part in parts) + rng.choice(names.FILLER_ENDINGS), "")
 
 
-def _aliases(first: str, last: str, rng: random.Random) -> tuple[str, ...]:
+def _person(first: str, last: str, objects: tuple[str, ...], group: str, rng: random.Random) -> Person:
     title, epithet = rng.choice(names.TITLES), rng.choice(names.EPITHETS)
-    forms = rng.sample(names.ALIAS_FORMS, SURFACE_FORMS)
-    return tuple(form.format(F=first, L=last, T=title, E=epithet) for form in forms)
+    nameless = Person(first, last, title, epithet, (), objects, group)
+    aliases = tuple(nameless.called(form) for form in rng.sample(names.ALIAS_FORMS, SURFACE_FORMS))
+    return replace(nameless, aliases=aliases)
 
 
 def _dealt(objects: Sequence[str], count: int, rng: random.Random) -> list[str]:
