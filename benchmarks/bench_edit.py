@@ -2,9 +2,9 @@
 
     pytest benchmarks/bench_edit.py --benchmark-only -n0
 
-Providers `exact_savings` (`editors/value.py`) and `plain` (`editors/plain_value.py`, full forwards with a hook) optimise
-the same δ; the trajectory is compared before anything is timed. `python benchmarks/bench_edit.py` interleaves the two in
-one process and prints the median ratio.
+Providers `exact_savings` (`editors/value.py`) and `plain` (`editors/plain_value.py`, full forwards with a hook)
+optimise the same δ; the trajectory is compared before anything is timed. `python benchmarks/bench_edit.py` interleaves
+the two in one process and prints the median ratio.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from rep_fast.errors import CorruptFileError, HparamError, NonFiniteError, SingularMomentError, SolverError
 from rep_fast.ops.cholesky import Factor, factorise
-from rep_fast.ops.tensor_file import read_tensors, write_tensors
+from rep_fast.tensor_files import load_tensors, save_tensors
 
 PRECISIONS = ("fp32", "fp64")
 _KIND = "spd_solver"
+_FORMAT = 1
 # rows of C that are widened to float64 at a time
 _TILE_ROWS = 512
 _MAX_REFINEMENTS = 20
@@ -174,16 +175,16 @@ class SpdSolver:
             "shift": self._shift,
             "tolerance": self.tolerance,
         }
-        write_tensors(path, self.to_tensors(), kind=_KIND, facts=facts)
+        save_tensors(path, self.to_tensors(), kind=_KIND, version=_FORMAT, description=facts)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str | None = None) -> SpdSolver:
         """Read what `save` wrote; solves are bitwise those of the saved solver.
 
         Raises:
-            CorruptFileError: damaged, or not a solver file.
+            MissingFileError: there is no such file. CorruptFileError: damaged, or not a solver file.
         """
-        tensors, facts = read_tensors(path, kind=_KIND)
+        facts, tensors = load_tensors(path, kind=_KIND, version=_FORMAT)
         try:
             matrix, lower, scale = (tensors[name].to(device) for name in ("second_moment", "lower", "scale"))
             report = SolverReport(facts["precision"], facts["ridge"], facts["note"])

@@ -8,10 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rep_fast.errors import CorruptFileError, HparamError, NonFiniteError, OutputError, SingularMomentError, SolverError
+from rep_fast.errors import (
+    CorruptFileError,
+    HparamError,
+    MissingFileError,
+    NonFiniteError,
+    OutputError,
+    SingularMomentError,
+    SolverError,
+)
 from rep_fast.ops import SpdSolver
-from rep_fast.ops.tensor_file import write_tensors
 from rep_fast.reference import spd_solver as reference
+from rep_fast.tensor_files import save_tensors
 
 
 def moment_of_condition(M: int, condition: float, *, seed: int = 0) -> Tensor:
@@ -218,17 +226,17 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     SpdSolver.factor(moment_of_condition(8, 10)).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
-    with pytest.raises(CorruptFileError, match="not a readable safetensors file"):
+    with pytest.raises(CorruptFileError, match="is damaged or no spd_solver file"):
         SpdSolver.load(path)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CorruptFileError, match="its digest does not match"):
+    with pytest.raises(CorruptFileError, match="does not match its digest"):
         SpdSolver.load(path)
-    with pytest.raises(CorruptFileError, match="does not exist"):
+    with pytest.raises(MissingFileError, match="there is no spd_solver file"):
         SpdSolver.load(tmp_path / "absent")
-    write_tensors(path, {"x": torch.zeros(1)}, kind="something else", facts={})
-    with pytest.raises(CorruptFileError, match="holds a something else, not a spd_solver"):
+    save_tensors(path, {"x": torch.zeros(1)}, kind="something else", version=1, description={})
+    with pytest.raises(CorruptFileError, match="something else"):
         SpdSolver.load(path)
-    write_tensors(path, {"x": torch.zeros(1)}, kind="spd_solver", facts={})
+    save_tensors(path, {"x": torch.zeros(1)}, kind="spd_solver", version=1, description={})
     with pytest.raises(CorruptFileError, match="lacks 'second_moment'"):
         SpdSolver.load(path)
 
