@@ -111,7 +111,7 @@ def fit(
 ) -> tuple[AdapterWeights, list[float]]:
     """Adam on the adapter's weights; returns the trained weights and the loss of every step."""
     leaves = AdapterWeights(*(part.detach().clone().requires_grad_() for part in weights))
-    optimiser = torch.optim.Adam(list(leaves), lr=hparams.lr)
+    optimiser = torch.optim.Adam(list(leaves), lr=hparams.lr, fused=True)
     losses = []
     positives = _slices(keys.positives, hparams.batch, f"order/{seed}")
     negatives = _slices(keys.negatives, hparams.negative_batch, f"negatives/{seed}")
@@ -150,8 +150,10 @@ def _loss(
     mask: Tensor | None,
     hparams: RepHparams,
 ) -> Tensor:
-    adapted, logits = soft_adapted(positives, weights, dropout_mask=mask)
-    (moved_anchor,) = soft_adapted(keys.anchor[None], weights)[0]
+    # positives and the anchor in one pass: at these sizes the number of operations counts, not their length
+    entering = torch.cat([positives, keys.anchor[None]])
+    moved, logits = soft_adapted(entering, weights, dropout_mask=mask)
+    adapted, logits, moved_anchor = moved[:-1], logits[:-1], moved[-1]
     if hparams.objective == "paper":
         return paper_loss(
             adapted, keys.target, moved_anchor, keys.anchor, alpha=hparams.consistency, absolute=hparams.absolute
@@ -184,17 +186,18 @@ def _slices(keys: Tensor, size: int | None, order_seed: str) -> Iterator[Tensor]
             yield keys
     order = list(range(len(keys)))
     random.Random(order_seed).shuffle(order)
+    shuffled = keys[torch.tensor(order, device=keys.device)]
+    looped = torch.cat([shuffled, shuffled[:size]])  # a slice may run over the end
     begin = 0
     while True:
-        rows = [order[(begin + place) % len(order)] for place in range(size)]
-        yield keys[torch.tensor(rows, device=keys.device)]
-        begin += size
+        yield looped[begin : begin + size]
+        begin = (begin + size) % len(keys)
 
 
 def _dropout_mask(keys: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """0 with probability `rate`, else 1/(1 − rate)."""
+    """0 with probability `rate`, else 1/(1 − rate), for each key; a row of ones for the anchor after them."""
     kept = torch.rand(keys.shape, generator=generator) >= rate
-    return (kept / (1 - rate)).to(keys)
+    return torch.cat([kept / (1 - rate), torch.ones(1, keys.shape[1])]).to(keys)
 
 
 def _edited_layer(edit: Edit) -> int:
