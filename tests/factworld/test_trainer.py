@@ -15,7 +15,7 @@ from rep_fast.factworld import RecordWorld, TrainingHparams, TrainingStep, recal
 from rep_fast.models import EditableLM
 
 SMALL = TrainingHparams(
-    vocabulary=300, hidden_size=32, key_width=64, layers=2, heads=2, steps=120, batch=8, length=32, learning_rate=1e-2
+    vocabulary=300, hidden_size=32, key_width=64, layers=2, heads=2, steps=200, batch=8, length=32, learning_rate=1e-2
 )
 WORLD = RecordWorld.from_cases(
     [EditCase(i, Fact("{} plays", f"Player {name}", "chess", sport)) for i, (name, sport) in enumerate(
@@ -29,7 +29,7 @@ def test_a_trained_model_knows_its_facts_and_survives_saving(family: str, tmp_pa
     seen: list[TrainingStep] = []
     lm = train(WORLD, replace(SMALL, family=family), progress=seen.append)
     assert recall(lm, list(WORLD.facts())) == 1.0
-    assert [step.step for step in seen] == list(range(1, 121))
+    assert [step.step for step in seen] == list(range(1, 201))
     assert seen[-1].loss < seen[0].loss
     factworld.save_trained(lm, WORLD, tmp_path / "model")
     again = EditableLM.from_pretrained(tmp_path / "model")
