@@ -1,7 +1,5 @@
 #include "core/work_queue.h"
 
-#include <xmmintrin.h>
-
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -9,21 +7,10 @@
 #include <thread>
 #include <vector>
 
+#include "core/gradual_underflow.h"
+
 namespace rep_fast {
 namespace {
-
-// Turns flush-to-zero and denormals-are-zero off for its lifetime; a new thread inherits its creator's setting.
-class GradualUnderflow {
-  public:
-    GradualUnderflow() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~kFlushBits); }
-    ~GradualUnderflow() { _mm_setcsr((_mm_getcsr() & ~kFlushBits) | (saved_ & kFlushBits)); }
-    GradualUnderflow(const GradualUnderflow&) = delete;
-    GradualUnderflow& operator=(const GradualUnderflow&) = delete;
-
-  private:
-    static constexpr unsigned kFlushBits = 0x8040u;  // FTZ and DAZ of MXCSR
-    unsigned saved_;
-};
 
 class Queue {
   public:

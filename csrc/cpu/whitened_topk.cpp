@@ -8,6 +8,7 @@
 
 #include "core/aligned_buffer.h"
 #include "core/error.h"
+#include "core/gradual_underflow.h"
 #include "core/work_queue.h"
 
 namespace rep_fast {
@@ -495,6 +496,7 @@ ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLeve
     const auto [n_keys, key_dim] =
         std::visit([](const auto& keys) { return std::pair(keys.rows, keys.cols); }, input.keys);
     check_sizes(input, state, n_keys, key_dim);
+    const GradualUnderflow exact_subnormals;  // margins and starting thresholds are computed here, outside the queue
     const PackedQueries packed(input.queries, n_threads);
     for (std::int64_t query = 0; query < input.queries.rows; ++query) {
         state.query_dropped[static_cast<std::size_t>(query)] = !packed.is_finite(query);

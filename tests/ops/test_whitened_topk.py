@@ -158,6 +158,19 @@ def test_keeps_subnormals_when_torch_flushes_them(monkeypatch: pytest.MonkeyPatc
         assert_is_top(result, scores, bound)
 
 
+def test_margins_hold_when_torch_flushes_subnormals() -> None:
+    """Margins and starting thresholds are products of tiny norms: flushed to zero they would let the right hits go."""
+    for seed in range(60):
+        keys, queries = (1e-22 * part for part in random_block(400, 5, 300, seed=seed))
+        wanted = whitened_topk(keys, queries, 10, precision="fp64")
+        assert torch.set_flush_denormal(True)
+        try:
+            found = whitened_topk(keys, queries, 10)
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(found.ids, wanted.ids)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_reads_every_finite_16_bit_pattern(level: str, dtype: torch.dtype) -> None:
     keys = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
