@@ -61,8 +61,9 @@ class Workbench:
             "default".
         overrides: hyper-parameters by flat name that win over the preset, for the editor or for REP.
         layer: edited layer instead of the preset's.
-        negatives: facts whose subjects serve as negatives; None: the embedded world's background people, else names
-            found in the text. Never pass the records that will be evaluated.
+        negatives: facts whose subjects serve as negatives; None: names found in the text or, for models trained by
+            this package that use their own text, the embedded world's background people. Never pass the records that
+            will be evaluated, nor a text made of them.
         cache_dir: where moments and templates are kept, default `$REP_FAST_CACHE`.
         progress: called as progress(label, done, total) during the long steps.
     """
@@ -82,12 +83,14 @@ class Workbench:
         self.lm = lm
         self.world = factworld.world_of(lm.name)
         self._text = text
+        self._has_own_text = text is None
         self.preset: Preset = load_preset(preset or ("default" if self.world is None else "factworld"))
         self._overrides = _split_overrides({**(overrides or {}), **({} if layer is None else {"layer": layer})})
         self._negatives = negatives
         self._cache_dir = cache_dir
         self._progress = progress
         self._moments: list[SecondMoments] = []
+        self._given_moments: dict[str, Any] = {}
         self._templates: dict[tuple[str, int], tuple[str, ...]] = {}
         self._pools: dict[int, NegativePool] = {}
 
@@ -111,10 +114,12 @@ class Workbench:
 
     def rep_hparams(self, objective: str | None = None) -> RepHparams:
         """REP settings; None is the preset's default objective."""
-        name = objective or self.preset.section("rep")["objective"]
+        chosen = dict(self._overrides["rep"])
+        said = chosen.pop("objective", None)
+        name = objective or said or self.preset.section("rep")["objective"]
         if name not in OBJECTIVES:
             raise HparamError(f"REP objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
-        values = {**self.preset.section(f"rep-{name}", family=self.lm.family), **self._overrides["rep"]}
+        values = {**self.preset.section(f"rep-{name}", family=self.lm.family), **chosen}
         return from_flat_mapping(RepHparams, {"objective": name, **values}, where=f"rep (preset {self.preset.name})")
 
     def layer(self, method: str) -> int:
@@ -142,6 +147,7 @@ class Workbench:
         """
         moments.check_model(self.lm)
         self._moments.insert(0, moments)
+        self._given_moments = {str(layer): [moments.corpus, count] for layer, count in moments.counts.items()}
 
     def templates(self, style: str, seed: int) -> tuple[str, ...]:
         """Context templates, drawn once per style and seed."""
@@ -151,15 +157,24 @@ class Workbench:
         return self._templates[style, seed]
 
     def negative_pool(self, layer: int) -> NegativePool:
-        """Negatives of one layer, shared by all edits there."""
+        """Negatives of one layer, shared by all edits there.
+
+        A trained world's own text states the facts and other names of the subjects that are evaluated, so negatives
+        come from the embedded world's background people and text about them alone.
+        """
         if layer not in self._pools:
+            aside = None if self.world is None or not self._has_own_text else _background(self.world)
+            text = self.text if aside is None else factworld.WorldText(aside, factworld.TEXT_SEED)
             tokens = int(self.preset.section("corpus_sample")["tokens"])
-            corpus = CorpusSample.collect(self.lm, self.text, layer, tokens=tokens)
+            sample = CorpusSample.collect(self.lm, text, layer, tokens=tokens + tokens // 10)
+            corpus, held_out = sample.split(tokens) if len(sample.keys) > tokens else (sample, None)
             facts = self._negatives
-            if facts is None and isinstance(self.world, factworld.World):
-                facts = factworld.background_facts(self.world)
+            if facts is None and aside is not None:
+                facts = factworld.background_facts(aside)
             self._pools[layer] = (
-                NegativePool.of_text(self.text, corpus) if facts is None else NegativePool.of_facts(facts, corpus)
+                NegativePool.of_text(text, corpus, held_out)
+                if facts is None
+                else NegativePool.of_facts(facts, corpus, held_out)
             )
         return self._pools[layer]
 
@@ -252,7 +267,14 @@ class Workbench:
             if objective is not None:
                 hparams = self.rep_hparams(None if objective is True else str(objective))
                 found[f"rep[{hparams.objective}]"] = flat_mapping(hparams)
-        return {"preset": self.preset.name, "text": self.text.name, **found}
+        shared = {
+            "preset": self.preset.name,
+            "text": self.text.digest,
+            "moments": self._given_moments or self.preset.section("moments")["tokens"],
+            "corpus_sample": dict(self.preset.section("corpus_sample")),
+            "negatives": None if self._negatives is None else [fact.subject for fact in self._negatives],
+        }
+        return {**shared, **found}
 
     def _labelled(self, label: str) -> Callable[[int, int | None], None] | None:
         if self._progress is None:
@@ -315,6 +337,10 @@ def edit(
     fact = facts[0].fact if isinstance(facts[0], EditCase) else facts[0]
     names = rephrases.get(fact.subject) if isinstance(rephrases, Mapping) else rephrases
     return bench.edit(facts[0], method=method, rep=rep, rephrases=names, seed=seed)
+
+
+def _background(world: factworld.FactSource) -> factworld.World:
+    return (world if isinstance(world, factworld.World) else factworld.World.generate()).background()
 
 
 def _split_overrides(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -98,3 +98,21 @@ def test_a_world_has_its_own_text_and_negatives(tiny_llama: EditableLM, monkeypa
     assert bench.text.name != bench.context_text.name
     background = {person.name for person in world.group("background")}
     assert set(bench.negative_pool(1).subjects) <= background
+
+
+def test_negatives_never_come_from_what_is_evaluated(tiny_llama: EditableLM, monkeypatch: Any) -> None:
+    """Neither the embedded evaluation subjects nor a record file's own texts reach the gate's negatives."""
+    world = factworld.World.generate()
+    people = [person for person in world.people if person.group != "background"]
+    aside = factworld.WorldText(world.background(), factworld.TEXT_SEED)
+    text = " ".join(aside[index] for index in range(200))
+    assert not [name for person in people for name in (person.name, *person.aliases) if name in text]
+    records = factworld.RecordWorld.from_cases([CASE])
+    monkeypatch.setattr(factworld, "world_of", lambda name: records)
+    pool = api.Workbench(tiny_llama, overrides={"layer": 1}).negative_pool(1)
+    told = " ".join((CASE.fact.text, *CASE.neighborhood_prompts, *CASE.subject_rephrases))
+    assert not [subject for subject in pool.subjects if subject in told]
+    words = tiny_llama.decode(pool.corpus.token_ids.tolist())
+    assert "Slovenija" not in words
+    assert pool.held_out is not None
+    assert len(pool.held_out.keys) == len(pool.corpus.keys) // 10

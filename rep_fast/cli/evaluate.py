@@ -89,6 +89,8 @@ def evaluate(
             resume=resume,
             settings=described,
             protocol=Protocol.of_preset(bench.preset),
+            # what no key-side method can be expected to beat, for every run that tries one (methods §17)
+            ceiling_of=methods[0] if len(objectives) > 1 else None,
             progress=lambda done, total: screen.progress("evaluate", done, total),
         )
         watch.lap("evaluate")

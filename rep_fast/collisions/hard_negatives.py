@@ -57,6 +57,13 @@ class CorpusSample:
         device = keys[0].device
         return cls(layer, torch.cat(keys), torch.cat(ids).to(device), torch.cat(starts).to(device))
 
+    def split(self, n: int) -> tuple[CorpusSample, CorpusSample]:
+        """The first `n` tokens and the rest, each a sample of its own."""
+        first = CorpusSample(self.layer, self.keys[:n], self.token_ids[:n], self.starts[self.starts < n])
+        later = self.starts[self.starts > n] - n
+        rest = CorpusSample(self.layer, self.keys[n:], self.token_ids[n:], torch.cat([later.new_zeros(1), later]))
+        return first, rest
+
     def random(self, n: int, *, seed: int) -> Tensor:
         """Up to `n` different keys [n, M], the same for the same seed."""
         order = torch.randperm(len(self.keys), generator=torch.Generator().manual_seed(seed))

@@ -21,7 +21,7 @@ from rep_fast.facts import Fact
 from rep_fast.models import EditableLM, Site
 
 KL_PROMPT = "{} is a"
-DRIFT_FLOOR = 1e-12
+_SMALLEST_NORM = 1e-12
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,6 @@ class EditTexts:
     lookup: tuple[int, ...]
     answer_at: tuple[tuple[int, ...], ...]
     target_ids: Tensor
-
-    @property
-    def n_prompts(self) -> int:
-        """P, the rows that carry the target."""
-        return len(self.rows) - 1
 
 
 @dataclass(frozen=True)
@@ -93,8 +88,8 @@ def edit_texts(
         answer_at.append(answer.positions)
         targets.append(answer.target_ids)
         lookup.append(lm.locate(prompt, fact.subject, strategy=fact_token).position)
-    kept = lm.locate(KL_PROMPT, fact.subject)
-    # the KL term reads the logits at the subject's last token: nothing after it matters
+    kept = lm.locate(KL_PROMPT, fact.subject, strategy=fact_token)
+    # the KL term reads the logits at the lookup token: nothing after it matters
     rows.append(kept.ids[: kept.position + 1])
     lookup.append(kept.position)
     answer_at.append((kept.position,))
@@ -159,7 +154,7 @@ def optimise_delta(
         (delta.grad,) = torch.autograd.grad(loss, [delta])  # weights get no gradient, nothing accumulates
         optimiser.step()
         with torch.no_grad():
-            delta.mul_((hparams.clamp_norm_factor * v_0_norm / delta.norm().clamp_min(DRIFT_FLOOR)).clamp_max(1.0))
+            delta.mul_((hparams.clamp_norm_factor * v_0_norm / delta.norm().clamp_min(_SMALLEST_NORM)).clamp_max(1.0))
     return torch.stack(deltas), tuple(losses)
 
 

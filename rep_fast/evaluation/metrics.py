@@ -108,20 +108,21 @@ def _harmonic(*parts: Callable[[Records], Measured]) -> Callable[[Records], Meas
     return compute
 
 
-def _average(*parts: Callable[[Records], Measured]) -> Callable[[Records], Measured]:
-    def compute(records: Records) -> Measured:
-        known = [value for value in (part(records) for part in parts) if value is not None]
-        return (statistics.fmean(v for v, _ in known), min(n for _, n in known)) if known else None
-
-    return compute
-
-
 _rewrite_tm = _macro("success", "new", _tokens)
 _rephrase_tm = _macro("paraphrase", "new", _tokens)
 _locality_macro = _macro("locality", "kept", _agreement)
 _es = _paired("success", "new", "true", _wins)
 _ps = _paired("paraphrase", "new", "true", _wins)
 _ns = _paired("locality", "kept", "new", _wins)
+
+
+def _path_score(records: Records) -> Measured:
+    """Of efficacy and generality alone where locality is absent; nothing where one of those two is."""
+    wanted = [_rewrite_tm(records), _rephrase_tm(records)]
+    parts = [part for part in (*wanted, _locality_macro(records)) if part is not None]
+    if None in wanted:
+        return None
+    return statistics.fmean(value for value, _ in parts), min(n for _, n in parts)
 
 
 def _perturbed(kind: str, side: str, words: str) -> Metric:
@@ -154,7 +155,7 @@ METRICS: tuple[Metric, ...] = (
         "path_score",
         "PAC",
         "arithmetic mean of efficacy (TM), locality (agreement) and generality (TM)",
-        _average(_rewrite_tm, _locality_macro, _rephrase_tm),
+        _path_score,
     ),
     Metric("es", "ROME", "share of records with P(new) > P(true) on the edited prompt", _es),
     Metric("ps", "ROME", "share of paraphrases with P(new) > P(true), mean of record means", _ps),

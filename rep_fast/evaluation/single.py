@@ -248,7 +248,10 @@ def _pre_edit(
     predicted: dict[int, list[list[int]]] = {}
     for case in cases:
         kept = [item.question for item in neighbour_questions(case) if item.role == "kept"]
-        plan = plan_scoring(lm, kept, token_budget=token_budget, target_tok=protocol.target_tok)
+        try:
+            plan = plan_scoring(lm, kept, token_budget=token_budget, target_tok=protocol.target_tok)
+        except _CASE_ERRORS:
+            continue  # planning the case itself meets the same error, which is recorded there
         predicted[case.case_id] = [list(score.argmax) for score in run_scoring(lm, plan)]
     run.write_json("pre_edit.json", predicted)
     return predicted

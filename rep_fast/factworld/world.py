@@ -73,6 +73,7 @@ class World:
     people: tuple[Person, ...]
     relations: tuple[names.Relation, ...]
     seed: int
+    part: str = ""
 
     @staticmethod
     def generate(seed: int = 0) -> World:
@@ -88,6 +89,10 @@ class World:
         ]
         return World(tuple(people), names.RELATIONS, seed)
 
+    def background(self) -> World:
+        """The same world with its background people alone: text in which no evaluation subject appears."""
+        return replace(self, people=self.group("background"), part="background")
+
     def group(self, name: str) -> tuple[Person, ...]:
         """The people of one group: `background`, `validation` or `test`."""
         return tuple(person for person in self.people if person.group == name)
@@ -101,7 +106,7 @@ class World:
     @property
     def name(self) -> str:
         """Name and seed, part of every file's identity."""
-        return f"factworld/{self.seed}"
+        return f"factworld/{self.seed}{self.part and '/' + self.part}"
 
     def sentence(self, rng: random.Random) -> Sentence:
         """One sentence of the world's text: a fact in one of its wordings, or filler."""

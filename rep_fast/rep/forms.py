@@ -37,7 +37,8 @@ class SubjectForms:
     ) -> SubjectForms:
         """The in-domain side of a record: rephrases as listed, shuffles as `facts.perturb` draws them for this seed."""
         shuffles = in_domain_shuffles(lm, case.fact.subject, seed=seed, join=join)
-        return cls(case.fact, case.subject_rephrases.in_domain, shuffles)
+        rephrases = tuple(name.strip() for name in case.subject_rephrases.in_domain)  # as evaluation reads them
+        return cls(case.fact, rephrases, shuffles)
 
     @classmethod
     def of_fact(cls, lm: EditableLM, fact: Fact, *, rephrases: Sequence[str] | None, seed: int) -> SubjectForms:
@@ -97,11 +98,12 @@ class LocatedTexts:
 
     def keys_before(self, lm: EditableLM, layer: int) -> Tensor:
         """Keys at every other token up to the subject's last one, BOS left out, [m, M] float32."""
-        rows = [ids[:position] for ids, position in zip(self.rows, self.positions, strict=True) if position > 1]
+        first = int(bool(self.rows) and self.rows[0][0] == lm.tokenizer.bos_token_id)
+        rows = [ids[:position] for ids, position in zip(self.rows, self.positions, strict=True) if position > first]
         if not rows:
             return torch.empty(0, lm.key_width(layer), device=lm.device)
         batch = lm.encode(rows)
-        kept = [number for length in batch.lengths.tolist() for number in [False] + [True] * (length - 1)]
+        kept = [place >= first for length in batch.lengths.tolist() for place in range(length)]
         return lm.keys(batch, [layer], max_tokens=_CHUNK_TOKENS)[layer][torch.tensor(kept, device=lm.device)].float()
 
 

@@ -32,27 +32,32 @@ class NegativePool:
     """What negatives are drawn from, shared by all edits of one layer.
 
     subjects: other subjects, never those of evaluation records. prompts: prompts with `{}` to put them in besides the
-    edit's own. corpus: keys of the layer over a sample of text.
+    edit's own. corpus: keys of the layer over a sample of text; held_out: over further text, for the firing rate.
     """
 
     subjects: tuple[str, ...]
     prompts: tuple[str, ...]
     corpus: CorpusSample
+    held_out: CorpusSample | None = None
 
     @classmethod
-    def of_facts(cls, facts: Iterable[Fact], corpus: CorpusSample) -> NegativePool:
+    def of_facts(
+        cls, facts: Iterable[Fact], corpus: CorpusSample, held_out: CorpusSample | None = None
+    ) -> NegativePool:
         """Subjects and prompts of known facts on the training side."""
         facts = list(facts)
         subjects, prompts = (dict.fromkeys(part) for part in ([f.subject for f in facts], [f.prompt for f in facts]))
-        return cls(tuple(subjects), tuple(prompts), corpus)
+        return cls(tuple(subjects), tuple(prompts), corpus, held_out)
 
     @classmethod
-    def of_text(cls, text: TextSource, corpus: CorpusSample, *, limit: int = 400) -> NegativePool:
+    def of_text(
+        cls, text: TextSource, corpus: CorpusSample, held_out: CorpusSample | None = None, *, limit: int = 400
+    ) -> NegativePool:
         """Names of two and more capitalised words found in a text, for models whose facts nobody lists."""
         names: dict[str, None] = {}
         for document in islice(text, _DOCUMENTS_READ):
             names |= dict.fromkeys(_NAME.findall(document))
-        return cls(tuple(islice(names, limit)), (), corpus)
+        return cls(tuple(islice(names, limit)), (), corpus, held_out)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def draw_negatives(
 
 def _unlike(keys: Tensor, positives: Tensor, response: Tensor, max_rho: float) -> Tensor:
     """Keys that are not positives themselves: "Ada Byron" is a form of the subject inside "Ada Byron the Elder" too."""
-    distance = torch.cdist(keys, positives).amin(dim=1)
+    # the plain form: the one by products has errors as large as the limit
+    distance = torch.cdist(keys, positives, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
     is_same = distance < _SAME_KEY * keys.norm(dim=1)
     return keys[~is_same & (keys @ response.to(keys) < max_rho)]
 

@@ -71,7 +71,13 @@ def train_adapter(
     ).to(device=lm.device)  # fmt: skip
     weights, losses = fit(start.weights, keys, hparams, seed=seed)
     trained = KeyAdapter(weights, tau=hparams.tau, trained_for=(forms.fact.subject,))
-    notes = {**report(trained, keys), "loss_first": losses[0], "loss_last": losses[-1], "forms": forms.origin}
+    notes = {
+        **report(trained, keys),
+        **_firing(trained, pool),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "forms": forms.origin,
+    }
     notes["hparams"] = flat_mapping(hparams)
     return edit.with_adapters({layer: KeyAdapter(weights, trained.tau, trained.trained_for, notes)})
 
@@ -118,7 +124,8 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(hparams.steps):
         batch = next(positives)
-        mask = _dropout_mask(batch, hparams.dropout, generator) if hparams.dropout else None
+        # one row more: the anchor goes through the same pass
+        mask = _dropout_mask(len(batch) + 1, batch, hparams.dropout, generator) if hparams.dropout else None
         loss = _loss(leaves, keys, batch, next(negatives), mask, hparams)
         optimiser.zero_grad()
         loss.backward()
@@ -140,6 +147,13 @@ def report(adapter: KeyAdapter, keys: CachedKeys) -> dict[str, float]:
     if len(keys.negatives):
         found["open_on_negatives"] = float(adapter.is_open(keys.negatives).float().mean())
     return found
+
+
+def _firing(adapter: KeyAdapter, pool: NegativePool | None) -> dict[str, float]:
+    """How often the gate opens on text that was not trained on."""
+    if pool is None or pool.held_out is None:
+        return {}
+    return {"firing_rate": float(adapter.is_open(pool.held_out.keys).float().mean())}
 
 
 def _loss(
@@ -194,10 +208,10 @@ def _slices(keys: Tensor, size: int | None, order_seed: str) -> Iterator[Tensor]
         begin = (begin + size) % len(keys)
 
 
-def _dropout_mask(keys: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """0 with probability `rate`, else 1/(1 − rate), for each key; a row of ones for the anchor after them."""
-    kept = torch.rand(keys.shape, generator=generator) >= rate
-    return torch.cat([kept / (1 - rate), torch.ones(1, keys.shape[1])]).to(keys)
+def _dropout_mask(n_rows: int, like: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """0 with probability `rate`, else 1/(1 − rate): [n_rows, M] in dtype and device of `like` [·, M]."""
+    kept = torch.rand(n_rows, like.shape[1], generator=generator) >= rate
+    return (kept / (1 - rate)).to(like)
 
 
 def _edited_layer(edit: Edit) -> int:

@@ -243,7 +243,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 def test_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="choose a writable place"):
+    with pytest.raises(OutputError, match="choose another place"):
         SpdSolver.factor(torch.eye(2)).save(tmp_path / "file" / "solver.safetensors")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
