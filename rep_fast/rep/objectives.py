@@ -30,6 +30,16 @@ def soft_adapted(keys: Tensor, weights: AdapterWeights, *, dropout_mask: Tensor 
     return keys + logits.sigmoid()[:, None] * projected, logits
 
 
+def off_anchor(weights: AdapterWeights, anchor: Tensor) -> AdapterWeights:
+    """The adapter with the rows of A made orthogonal to the anchor κ [M]: B A κ = 0, whatever B and the gate are.
+
+    The key that the edit was written for then passes unchanged, so the edited prompt answers exactly as without the
+    adapter, and L_cons = 0 holds by construction instead of by weight.
+    """
+    along = (weights.a @ anchor) / (anchor @ anchor)
+    return weights._replace(a=weights.a - along[:, None] * anchor)
+
+
 def consistency(adapted_anchor: Tensor, anchor: Tensor) -> Tensor:
     """L_cons: mean over the M entries of (k̂_κ − κ)²."""
     return (adapted_anchor - anchor).square().mean()

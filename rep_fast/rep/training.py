@@ -21,7 +21,7 @@ from rep_fast.presets import flat_mapping
 from rep_fast.rep.forms import LocatedTexts, SubjectForms
 from rep_fast.rep.hparams import RepHparams
 from rep_fast.rep.negatives import NegativePool, draw_negatives
-from rep_fast.rep.objectives import calibrated_loss, paper_loss, soft_adapted
+from rep_fast.rep.objectives import calibrated_loss, off_anchor, paper_loss, soft_adapted
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def fit(
         loss.backward()
         optimiser.step()
         losses.append(loss.detach())
-    return AdapterWeights(*(part.detach() for part in leaves)), torch.stack(losses).tolist()
+    trained = AdapterWeights(*(part.detach() for part in leaves))
+    return _protected(trained, keys, hparams), torch.stack(losses).tolist()
 
 
 def report(adapter: KeyAdapter, keys: CachedKeys) -> dict[str, float]:
@@ -149,6 +150,12 @@ def report(adapter: KeyAdapter, keys: CachedKeys) -> dict[str, float]:
     return found
 
 
+def _protected(weights: AdapterWeights, keys: CachedKeys, hparams: RepHparams) -> AdapterWeights:
+    if hparams.objective == "calibrated" and hparams.protect_anchor:
+        return off_anchor(weights, keys.anchor)
+    return weights
+
+
 def _firing(adapter: KeyAdapter, pool: NegativePool | None) -> dict[str, float]:
     """How often the gate opens on text that was not trained on."""
     if pool is None or pool.held_out is None:
@@ -164,6 +171,7 @@ def _loss(
     mask: Tensor | None,
     hparams: RepHparams,
 ) -> Tensor:
+    weights = _protected(weights, keys, hparams)
     # positives and the anchor in one pass: at these sizes the number of operations counts, not their length
     entering = torch.cat([positives, keys.anchor[None]])
     moved, logits = soft_adapted(entering, weights, dropout_mask=mask)
