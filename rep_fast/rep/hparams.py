@@ -20,11 +20,11 @@ class RepHparams:
     dropout: on the projection's input in training.
     consistency: α, weight of the mean squared change of the anchor key (the bare prompt's).
     Paper objective: target "whitened" (u) or "raw" (k*); absolute: |·| around the similarity.
-    Calibrated objective: protect_anchor keeps the anchor's key exactly, by holding A orthogonal to it; response_target,
-    the wanted ρ (1 retrieves the edit as it was written); response_weight and shift_weight of (ρ_wanted − ρ)² and of
-    the relative shift; negative_weight of the negatives' half of the gate loss; n_random, n_hard corpus keys, hard ones
-    with ρ below max_rho; n_subjects other subjects put into the edit's prompt; n_other_tokens tokens of the positive
-    texts that are not the subject's last.
+    Calibrated objective: protect_prompt moves no key of the bare prompt, by holding A orthogonal to them;
+    response_target, the wanted ρ (1 retrieves the edit as it was written); response_weight and shift_weight of
+    (ρ_wanted − ρ)² and of the relative shift; negative_weight of the negatives' half of the gate loss; n_random, n_hard
+    corpus keys, hard ones with ρ below max_rho; n_subjects other subjects put into the edit's prompt; n_other_tokens
+    tokens of the positive texts that are not the subject's last.
     """
 
     objective: str = "calibrated"
@@ -39,7 +39,7 @@ class RepHparams:
     consistency: float = 10.0
     target: str = "whitened"
     absolute: bool = False
-    protect_anchor: bool = True
+    protect_prompt: bool = True
     response_target: float = 1.0
     response_weight: float = 1.0
     shift_weight: float = 0.1

@@ -30,14 +30,13 @@ def soft_adapted(keys: Tensor, weights: AdapterWeights, *, dropout_mask: Tensor 
     return keys + logits.sigmoid()[:, None] * projected, logits
 
 
-def off_anchor(weights: AdapterWeights, anchor: Tensor) -> AdapterWeights:
-    """The adapter with the rows of A made orthogonal to the anchor κ [M]: B A κ = 0, whatever B and the gate are.
+def protecting(weights: AdapterWeights, basis: Tensor) -> AdapterWeights:
+    """The adapter with the rows of A orthogonal to an orthonormal `basis` [M, p]: it moves no key of that span.
 
-    The key that the edit was written for then passes unchanged, so the edited prompt answers exactly as without the
-    adapter, and L_cons = 0 holds by construction instead of by weight.
+    With the keys of the edited prompt's tokens in the span, that prompt is answered exactly as without the adapter,
+    whatever B and the gate are, and L_cons = 0 holds by construction instead of by weight.
     """
-    along = (weights.a @ anchor) / (anchor @ anchor)
-    return weights._replace(a=weights.a - along[:, None] * anchor)
+    return weights._replace(a=weights.a - (weights.a @ basis) @ basis.T)
 
 
 def consistency(adapted_anchor: Tensor, anchor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from rep_fast.presets import flat_mapping
 from rep_fast.rep.forms import LocatedTexts, SubjectForms
 from rep_fast.rep.hparams import RepHparams
 from rep_fast.rep.negatives import NegativePool, draw_negatives
-from rep_fast.rep.objectives import calibrated_loss, off_anchor, paper_loss, soft_adapted
+from rep_fast.rep.objectives import calibrated_loss, paper_loss, protecting, soft_adapted
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class CachedKeys:
     """Everything training reads, of one layer, float32.
 
     positives [s, M]; anchor [M], the bare prompt's key; negatives [n, M] (empty for the paper's objective); response
-    [M] with ρ(k) = k·response; target [M], the paper objective's direction t.
+    [M] with ρ(k) = k·response; target [M], the paper objective's direction t; prompt_basis [M, p], an orthonormal basis
+    of the keys of the bare prompt's tokens.
     """
 
     positives: Tensor
@@ -37,6 +38,7 @@ class CachedKeys:
     negatives: Tensor
     response: Tensor
     target: Tensor
+    prompt_basis: Tensor
 
 
 def train_adapter(
@@ -109,7 +111,9 @@ def cache_keys(
             lm, forms, texts, pool, positive_keys=keys, response=response, templates=templates, hparams=hparams,
             seed=seed,
         ).all()  # fmt: skip
-    return CachedKeys(keys[1:], keys[0], negatives.to(keys), response, target)
+    prompt_keys = lm.keys([texts.rows[0]], [layer])[layer].to(keys)
+    basis = torch.linalg.qr(prompt_keys.T.double()).Q.to(keys)
+    return CachedKeys(keys[1:], keys[0], negatives.to(keys), response, target, basis)
 
 
 def fit(
@@ -151,8 +155,8 @@ def report(adapter: KeyAdapter, keys: CachedKeys) -> dict[str, float]:
 
 
 def _protected(weights: AdapterWeights, keys: CachedKeys, hparams: RepHparams) -> AdapterWeights:
-    if hparams.objective == "calibrated" and hparams.protect_anchor:
-        return off_anchor(weights, keys.anchor)
+    if hparams.objective == "calibrated" and hparams.protect_prompt:
+        return protecting(weights, keys.prompt_basis)
     return weights
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rep_fast.edits import KeyAdapter
 from rep_fast.ops import AdapterWeights
-from rep_fast.rep.objectives import calibrated_loss, off_anchor, paper_loss, soft_adapted
+from rep_fast.rep.objectives import calibrated_loss, paper_loss, protecting, soft_adapted
 
 M, N = 24, 9
 
@@ -100,12 +100,10 @@ def test_calibrated_loss_is_least_at_unit_response() -> None:
     assert loss(0.8) == pytest.approx(loss(1.2), rel=1e-9)
 
 
-def test_an_adapter_off_the_anchor_leaves_its_key_alone() -> None:
-    """B A κ = 0 for any B, while other keys still move."""
-    weights, anchor, keys = random_weights(), normal(M, seed=7), normal(N, M)
-    held = off_anchor(weights, anchor)
-    scale = float(weights.a.norm() * weights.b.norm() * anchor.norm())
-    assert float((held.b @ (held.a @ anchor)).norm()) <= 1e-14 * scale
-    assert float((keys @ held.a.T @ held.b.T).norm()) > 1e-3
-    moved, _ = soft_adapted(anchor[None], held)
-    torch.testing.assert_close(moved[0], anchor, rtol=1e-12, atol=1e-12)
+def test_a_protecting_adapter_leaves_a_span_alone() -> None:
+    """B A k = 0 for every k of the span and any B, while other keys still move."""
+    weights, protected, keys = random_weights(), normal(3, M, seed=7), normal(N, M)
+    held = protecting(weights, torch.linalg.qr(protected.T).Q)
+    moved, _ = soft_adapted(protected, held)
+    torch.testing.assert_close(moved, protected, rtol=1e-12, atol=1e-12)
+    assert float((soft_adapted(keys, held)[0] - keys).norm()) > 1e-3

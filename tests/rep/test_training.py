@@ -174,3 +174,20 @@ def test_refusals(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, 
         train(dataclasses.replace(rome_edit, modules=(*rome_edit.modules, ModuleEdit(0))))
     with pytest.raises(HparamError, match="objective 'papers' is unknown"):
         RepHparams(objective="papers")
+
+
+def test_the_edited_prompt_is_answered_as_without_the_adapter(
+    tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
+) -> None:
+    """Every key of the bare prompt passes unchanged to rounding, even with a gate that is always open."""
+    hparams = dataclasses.replace(HPARAMS, tau=0.0)
+    robust = train_adapter(tiny_llama, rome_edit, forms, pool=pool, templates=TEMPLATES, hparams=hparams)
+    with rome_edit.applied(tiny_llama):
+        plain = tiny_llama.logits([FACT.text])
+    with robust.applied(tiny_llama):
+        adapted = tiny_llama.logits([FACT.text])
+    torch.testing.assert_close(adapted, plain, rtol=1e-4, atol=1e-4)
+    with robust.applied(tiny_llama):
+        other = tiny_llama.logits(["The Republic of Slovenia belongs to the continent of"])
+    with rome_edit.applied(tiny_llama):
+        assert not torch.allclose(other, tiny_llama.logits(["The Republic of Slovenia belongs to the continent of"]))
