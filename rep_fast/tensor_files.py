@@ -80,7 +80,9 @@ def _header(path: Path, canonical: str, *, kind: str, version: int) -> dict[str,
         header = json.loads(canonical)
         found_kind, found_version = header["kind"], int(header["version"])
     except (KeyError, TypeError, ValueError):
-        raise CorruptFileError(f"{path} was not written by rep_fast, or is damaged; expected a {kind} file") from None
+        raise CorruptFileError(
+            f"{path} was not written by rep_fast, or is damaged; expected a file of kind {kind!r}"
+        ) from None
     if found_kind != kind:
         raise CorruptFileError(f"{path} is a file of kind {found_kind!r}, expected {kind!r}")
     if found_version > version:

@@ -96,8 +96,10 @@ class Summary:
     def table(self, *, metrics: Sequence[str] | None = MAIN_METRICS) -> Table:
         """A rich table, metrics as rows and columns as columns; `metrics=None` shows all of them."""
         table = Table("metric", "protocol", *(str(column) for column in self.columns))
+        # one seed has no spread to show
+        spread = any(cell.std > 0 for cells in self.cells.values() for cell in cells.values())
         for name in self.metrics if metrics is None else [m for m in metrics if m in self.metrics]:
-            row = [_show(cells.get(name)) for cells in self.cells.values()]
+            row = [_show(cells.get(name), spread=spread) for cells in self.cells.values()]
             table.add_row(name, PROTOCOL_OF[name], *row)
         for stage in ("edit", "evaluation"):
             row = [_show_seconds(own.get(stage)) for own in self.seconds.values()]
@@ -168,8 +170,10 @@ def _seconds(records: Sequence[CaseRecord]) -> dict[str, Spread]:
     return spreads
 
 
-def _show(cell: Cell | None) -> str:
-    return "–" if cell is None else f"{cell.mean:.1f} ± {cell.std:.1f}"
+def _show(cell: Cell | None, *, spread: bool) -> str:
+    if cell is None:
+        return "–"
+    return f"{cell.mean:.1f} ± {cell.std:.1f}" if spread else f"{cell.mean:.1f}"
 
 
 def _show_seconds(spread: Spread | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -38,7 +39,10 @@ def choose(op: str, device: torch.device | None = None) -> Backend:
         return Backend("reference", "this op is plain torch and has no native body")
     allowed = native.level(found.module)
     body = found.module.level_name(bodies[op][allowed])
-    reason = f"the processor, capped by REP_FAST_ISA, allows {found.module.level_name(allowed)}"
+    cap = os.environ.get("REP_FAST_ISA")
+    reason = (
+        f"best body for {found.module.level_name(allowed)}, which the processor{' and REP_FAST_ISA' * bool(cap)} allows"
+    )
     return Backend(f"native-{body}", reason, found.module, allowed)
 
 
