@@ -123,6 +123,9 @@ def _configure(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str
     cmake, ninja, compiler = _tool("cmake"), _tool("ninja"), _tool("c++")
     if cmake is None or ninja is None or compiler is None:
         pytest.skip("cmake, ninja and a C++ compiler are not all installed")
+    version = subprocess.run([cmake, "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
+    if tuple(map(int, version.split(".")[:2])) < (3, 26):
+        pytest.skip(f"cmake {version} is older than 3.26")
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_HOME"}
     command = [cmake, "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     command += [f"-DCMAKE_CXX_COMPILER={compiler}", "-DREP_FAST_PYTHON=OFF", *options]
