@@ -55,6 +55,10 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     preset: PresetOption = None,
     set_: SetOption = None,
+    ceiling: Annotated[
+        bool,
+        typer.Option("--ceiling", help="Also force the wanted value at the subject's last token: what REP can reach."),
+    ] = False,
     all_metrics: Annotated[bool, typer.Option("--all-metrics", help="Show metrics of every protocol.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -89,8 +93,8 @@ def evaluate(
             resume=resume,
             settings=described,
             protocol=Protocol.of_preset(bench.preset),
-            # what no key-side method can be expected to beat, for every run that tries one (methods §17)
-            ceiling_of=methods[0] if len(objectives) > 1 else None,
+            # what no key-side method can be expected to beat (methods §17)
+            ceiling_of=methods[0] if ceiling else None,
             progress=lambda done, total: screen.progress("evaluate", done, total),
         )
         watch.lap("evaluate")

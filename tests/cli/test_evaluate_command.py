@@ -132,3 +132,9 @@ def test_unknown_names_are_told_in_one_sentence(rep_fast, command, options, word
     assert done.err.strip().splitlines()[-1].startswith("error: ")
     assert word in done.err
     assert "Traceback" not in done.err
+
+
+def test_the_ceiling_is_a_column_of_its_own(rep_fast, command):
+    done = rep_fast(*command, "--ceiling", "--json")
+    assert done.code == 0, done.err
+    assert list(done.json["metrics"]) == ["rome", "ceiling"]
