@@ -4,7 +4,7 @@
 
 Providers `exact_savings` (`editors/value.py`) and `plain` (`editors/plain_value.py`, full forwards with a hook)
 optimise the same δ; the trajectory is compared before anything is timed. `python benchmarks/bench_edit.py` interleaves
-the two in one process and prints the median ratio.
+the two in one process, one validation record per round (targets of one to five tokens), and prints the median ratio.
 """
 
 from __future__ import annotations
@@ -49,17 +49,22 @@ class Problem:
 
 
 @cache
-def problem(case: str) -> Problem:
+def model_and_settings(case: str) -> tuple[EditableLM, int, tuple[str, ...], ValueHparams]:
     """factworld as shipped; a random 100 M-parameter LLaMA runs all 25 steps, as nothing stops it early."""
     bench = api.Workbench(factworld.load())
-    record = factworld.cases("validation")[0]
     templates = bench.templates("rome", 0)
     hparams = bench.hparams("rome")
     if case == "factworld":
-        return Problem(bench.lm, record, hparams.layer, templates, hparams.value)
+        return bench.lm, hparams.layer, templates, hparams.value
     lm = EditableLM(random_llama(len(bench.lm.tokenizer)), bench.lm.tokenizer, name="random LLaMA, 100 M")
-    # layer 5 of 12, as the papers' layer 5 of 32 would be layer 2: the later the layer the larger the saving
-    return Problem(lm, record, 5, templates, replace(hparams.value, early_stop=None, v_steps=8))
+    # layer 5, the papers' choice for a LLaMA, here of 12 layers: the later the layer the larger the saving
+    return lm, 5, templates, replace(hparams.value, early_stop=None)
+
+
+def problem(case: str, record: int = 0) -> Problem:
+    """The fact of one validation record in the case's model."""
+    lm, layer, templates, hparams = model_and_settings(case)
+    return Problem(lm, factworld.cases("validation")[record], layer, templates, hparams)
 
 
 def random_llama(vocabulary: int) -> Any:
@@ -99,13 +104,13 @@ def test_rep(benchmark: Any, objective: str) -> None:
 
 
 def interleaved(case: str, rounds: int) -> None:
-    """A, B, A, B …: medians, their ratio and the spread of the pairwise ratios."""
+    """A, B, A, B …, each pair on its own record: medians and the median and spread of the pairwise ratios."""
     seconds: dict[str, list[float]] = {name: [] for name in PROVIDERS}
     drift = check_same_trajectory(case)
-    for _ in range(rounds):
+    for record in range(rounds):
         for name in PROVIDERS:
             begin = time.perf_counter()
-            problem(case).run(name)
+            problem(case, record).run(name)
             seconds[name].append(time.perf_counter() - begin)
     ratios = sorted(plain / fast for fast, plain in zip(seconds["exact_savings"], seconds["plain"], strict=True))
     fast, plain = (statistics.median(seconds[name]) for name in PROVIDERS)

@@ -57,6 +57,10 @@ class SubjectForms:
             (prompt, self.fact.subject) for prompt in behind_long
         ]
 
+    def bare_rows(self, templates: Sequence[str]) -> list[int]:
+        """Rows of `texts` with another form in the edit's own prompt and no prefix: the first template is `{}`."""
+        return [form * len(templates) for form in range(1, 1 + len(self.rephrases) + len(self.shuffles))]
+
 
 def surface_forms(subject: str) -> tuple[str, ...]:
     """Other ways to write a name that need no knowledge of who bears it.

@@ -21,6 +21,7 @@ class RepHparams:
     consistency: α, weight of the mean squared change of the anchor key (the bare prompt's).
     Paper objective: target "whitened" (u) or "raw" (k*); absolute: |·| around the similarity.
     Calibrated objective: protect_prompt moves no key of the bare prompt, by holding A orthogonal to them;
+    bare_every_step puts the forms in the bare prompt into every batch: most like what is protected, they fit last;
     response_target, the wanted ρ (1 retrieves the edit as it was written); response_weight and shift_weight of
     (ρ_wanted − ρ)² and of the relative shift; negative_weight of the negatives' half of the gate loss; n_random, n_hard
     corpus keys, hard ones with ρ below max_rho; n_subjects other subjects put into the edit's prompt; n_other_tokens
@@ -40,6 +41,7 @@ class RepHparams:
     target: str = "whitened"
     absolute: bool = False
     protect_prompt: bool = True
+    bare_every_step: bool = True
     response_target: float = 1.0
     response_weight: float = 1.0
     shift_weight: float = 0.1

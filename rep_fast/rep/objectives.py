@@ -5,7 +5,8 @@ calibrated (methods §17)        L = mean_s (1 − ρ(k̂_s))² + λ·mean_s ‖
                                     − mean_s log g(k_s) − w·mean_n log(1 − g(k_n))
 
 ρ(k) = k·response is the fraction of the edit that the key k retrieves, so that 1 is what every form of the subject
-should have. The paper's similarity grows without bound and its gate never sees what it must leave alone.
+should have. The paper's similarity grows without bound and its gate never sees what it must leave alone. Training takes
+the calibrated loss and its gradient from `calibrated_step`; the definition here is what that is tested against.
 """
 
 from __future__ import annotations
@@ -16,17 +17,16 @@ from torch.nn.functional import linear, softplus
 from rep_fast.ops import AdapterWeights, gate_logits
 
 
-def soft_adapted(keys: Tensor, weights: AdapterWeights, *, dropout_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The training form k̂ = k + σ(z)·B A(k ⊙ mask) and the gate logits z.
+def soft_adapted(keys: Tensor, weights: AdapterWeights, *, entering: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The training form k̂ = k + σ(z)·B A k and the gate logits z.
 
     Args:
-        keys: [s, M]. dropout_mask: [s, M] of 0 and 1/(1 − p), None for no dropout.
+        keys: [s, M]. entering: [s, M], what A reads instead, as after dropout.
     Returns:
         k̂ [s, M], z [s], differentiable in the weights.
     """
     logits = gate_logits(keys, weights)
-    entering = keys if dropout_mask is None else keys * dropout_mask
-    projected = linear(linear(entering, weights.a), weights.b)
+    projected = linear(linear(keys if entering is None else entering, weights.a), weights.b)
     return keys + logits.sigmoid()[:, None] * projected, logits
 
 

@@ -16,24 +16,26 @@ from torch import Tensor
 from rep_fast.edits import Edit, KeyAdapter
 from rep_fast.errors import HparamError
 from rep_fast.models import EditableLM
-from rep_fast.ops import AdapterWeights, gate_logits
+from rep_fast.ops import AdapterWeights
 from rep_fast.presets import flat_mapping
+from rep_fast.rep.calibrated_step import calibrated_step
 from rep_fast.rep.forms import LocatedTexts, SubjectForms
 from rep_fast.rep.hparams import RepHparams
 from rep_fast.rep.negatives import NegativePool, draw_negatives
-from rep_fast.rep.objectives import calibrated_loss, paper_loss, protecting, soft_adapted
+from rep_fast.rep.objectives import paper_loss, protecting, soft_adapted
 
 
 @dataclass(frozen=True)
 class CachedKeys:
     """Everything training reads, of one layer, float32.
 
-    positives [s, M]; anchor [M], the bare prompt's key; negatives [n, M] (empty for the paper's objective); response
-    [M] with ρ(k) = k·response; target [M], the paper objective's direction t; prompt_basis [M, p], an orthonormal basis
-    of the keys of the bare prompt's tokens.
+    positives [s, M]; bare [b, M], those among them without a prefix; anchor [M], the bare prompt's key; negatives
+    [n, M] (empty for the paper's objective); response [M] with ρ(k) = k·response; target [M], the paper objective's
+    direction t; prompt_basis [M, p], an orthonormal basis of the keys of the bare prompt's tokens.
     """
 
     positives: Tensor
+    bare: Tensor
     anchor: Tensor
     negatives: Tensor
     response: Tensor
@@ -113,29 +115,33 @@ def cache_keys(
         ).all()  # fmt: skip
     prompt_keys = lm.keys([texts.rows[0]], [layer])[layer].to(keys)
     basis = torch.linalg.qr(prompt_keys.T.double()).Q.to(keys)
-    return CachedKeys(keys[1:], keys[0], negatives.to(keys), response, target, basis)
+    return CachedKeys(
+        positives=keys[1:], bare=keys[forms.bare_rows(templates)], anchor=keys[0], negatives=negatives.to(keys),
+        response=response, target=target, prompt_basis=basis,
+    )  # fmt: skip
 
 
 def fit(
     weights: AdapterWeights, keys: CachedKeys, hparams: RepHparams, *, seed: int
 ) -> tuple[AdapterWeights, list[float]]:
     """Adam on the adapter's weights; returns the trained weights and the loss of every step."""
-    leaves = AdapterWeights(*(part.detach().clone().requires_grad_() for part in weights))
-    optimiser = torch.optim.Adam(list(leaves), lr=hparams.lr, fused=True)
+    # one flat parameter: the optimiser's cost is per tensor here
+    flat = torch.cat([part.detach().reshape(-1) for part in weights])
+    parts = AdapterWeights(
+        *(part.view(like.shape) for part, like in zip(flat.split([w.numel() for w in weights]), weights, strict=True))
+    )
+    optimiser = torch.optim.Adam([flat], lr=hparams.lr, fused=True)
+    step = _calibrated if hparams.objective == "calibrated" else _paper
     losses = []
     positives = _slices(keys.positives, hparams.batch, f"order/{seed}")
     negatives = _slices(keys.negatives, hparams.negative_batch, f"negatives/{seed}")
     generator = torch.Generator().manual_seed(seed)
     for _ in range(hparams.steps):
-        batch = next(positives)
-        # one row more: the anchor goes through the same pass
-        mask = _dropout_mask(len(batch) + 1, batch, hparams.dropout, generator) if hparams.dropout else None
-        loss = _loss(leaves, keys, batch, next(negatives), mask, hparams)
-        optimiser.zero_grad()
-        loss.backward()
+        loss, gradients = step(parts, keys, next(positives), next(negatives), hparams, generator)
+        flat.grad = torch.cat([gradient.reshape(-1) for gradient in gradients])
         optimiser.step()
         losses.append(loss.detach())
-    trained = AdapterWeights(*(part.detach() for part in leaves))
+    trained = AdapterWeights(*(part.clone() for part in parts))
     return _protected(trained, keys, hparams), torch.stack(losses).tolist()
 
 
@@ -167,38 +173,38 @@ def _firing(adapter: KeyAdapter, pool: NegativePool | None) -> dict[str, float]:
     return {"firing_rate": float(adapter.is_open(pool.held_out.keys).float().mean())}
 
 
-def _loss(
+def _calibrated(
     weights: AdapterWeights,
     keys: CachedKeys,
     positives: Tensor,
     negatives: Tensor,
-    mask: Tensor | None,
     hparams: RepHparams,
-) -> Tensor:
-    weights = _protected(weights, keys, hparams)
-    # positives and the anchor in one pass: at these sizes the number of operations counts, not their length
-    entering = torch.cat([positives, keys.anchor[None]])
-    moved, logits = soft_adapted(entering, weights, dropout_mask=mask)
-    adapted, logits, moved_anchor = moved[:-1], logits[:-1], moved[-1]
-    if hparams.objective == "paper":
-        return paper_loss(
-            adapted, keys.target, moved_anchor, keys.anchor, alpha=hparams.consistency, absolute=hparams.absolute
-        )
-    negative_logits = gate_logits(negatives, weights)
-    return calibrated_loss(
-        adapted,
-        positives,
-        logits,
-        negative_logits,
-        moved_anchor,
-        keys.anchor,
-        keys.response,
-        alpha=hparams.consistency,
-        response_target=hparams.response_target,
-        response_weight=hparams.response_weight,
-        shift_weight=hparams.shift_weight,
-        negative_weight=hparams.negative_weight,
+    generator: torch.Generator,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    bare = [keys.bare] if hparams.bare_every_step else []
+    rows = torch.cat([*bare, positives, keys.anchor[None]])
+    entering = _dropped(rows, hparams.dropout, generator)
+    if hparams.protect_prompt:
+        # (A − AQQᵀ)k = A(k − QQᵀk): the span is taken out of the keys in each step, out of A once at the end
+        entering = entering - (entering @ keys.prompt_basis) @ keys.prompt_basis.T
+    return calibrated_step(weights, rows, negatives, keys.response, hparams, entering=entering)
+
+
+def _paper(
+    weights: AdapterWeights,
+    keys: CachedKeys,
+    positives: Tensor,
+    _negatives: Tensor,
+    hparams: RepHparams,
+    generator: torch.Generator,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    leaves = AdapterWeights(*(part.detach().requires_grad_() for part in weights))
+    rows = torch.cat([positives, keys.anchor[None]])
+    moved, _ = soft_adapted(rows, leaves, entering=_dropped(rows, hparams.dropout, generator))
+    loss = paper_loss(
+        moved[:-1], keys.target, moved[-1], keys.anchor, alpha=hparams.consistency, absolute=hparams.absolute
     )
+    return loss, torch.autograd.grad(loss, list(leaves))
 
 
 def _slices(keys: Tensor, size: int | None, order_seed: str) -> Iterator[Tensor]:
@@ -220,10 +226,12 @@ def _slices(keys: Tensor, size: int | None, order_seed: str) -> Iterator[Tensor]
         begin = (begin + size) % len(keys)
 
 
-def _dropout_mask(n_rows: int, like: Tensor, rate: float, generator: torch.Generator) -> Tensor:
-    """0 with probability `rate`, else 1/(1 − rate): [n_rows, M] in dtype and device of `like` [·, M]."""
-    kept = torch.rand(n_rows, like.shape[1], generator=generator) >= rate
-    return (kept / (1 - rate)).to(like)
+def _dropped(rows: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """Entries set to 0 with probability `rate`, the others scaled by 1/(1 − rate)."""
+    if rate == 0.0:
+        return rows
+    kept = torch.rand(rows.shape, generator=generator) >= rate
+    return rows * (kept / (1 - rate)).to(rows)
 
 
 def _edited_layer(edit: Edit) -> int:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rep_fast.edits import KeyAdapter
 from rep_fast.ops import AdapterWeights
+from rep_fast.rep import RepHparams
+from rep_fast.rep.calibrated_step import calibrated_step
 from rep_fast.rep.objectives import calibrated_loss, paper_loss, protecting, soft_adapted
 
 M, N = 24, 9
@@ -98,6 +100,35 @@ def test_calibrated_loss_is_least_at_unit_response() -> None:
     assert loss(1.0) < loss(0.8)
     assert loss(1.0) < loss(1.2)
     assert loss(0.8) == pytest.approx(loss(1.2), rel=1e-9)
+
+
+@pytest.mark.parametrize("protected", [0, 3])
+@pytest.mark.parametrize("n_negatives", [1, 5])
+def test_the_written_out_gradient_is_that_of_the_definition(n_negatives: int, protected: int) -> None:
+    """Loss and all six gradients, with keys entering A that are not the keys themselves (dropout, protected span)."""
+    hparams = RepHparams(
+        consistency=2.0, response_target=1.2, response_weight=1.5, shift_weight=0.3, negative_weight=0.7
+    )
+    weights, response = leaves(random_weights()), normal(M, seed=2)
+    keys, negatives = normal(N + 1, M), normal(n_negatives, M, seed=6)
+    entering = keys * (normal(N + 1, M, seed=8) > -0.5) / 0.7
+    basis = torch.linalg.qr(normal(protected, M, seed=7).T).Q
+    moved, logits = soft_adapted(keys, protecting(weights, basis), entering=entering)
+    wanted = calibrated_loss(
+        moved[:-1], keys[:-1], logits[:-1], soft_adapted(negatives, weights)[1], moved[-1], keys[-1], response,
+        alpha=2.0, response_target=1.2, response_weight=1.5, shift_weight=0.3, negative_weight=0.7,
+    )  # fmt: skip
+    loss, gradients = calibrated_step(
+        AdapterWeights(*(part.detach() for part in weights)),
+        keys,
+        negatives,
+        response,
+        hparams,
+        entering=entering - (entering @ basis) @ basis.T,
+    )
+    assert float(loss) == pytest.approx(float(wanted.detach()), rel=1e-12)
+    for found, expected in zip(gradients, torch.autograd.grad(wanted, list(weights)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_protecting_adapter_leaves_a_span_alone() -> None:

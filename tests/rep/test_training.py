@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from rep_fast import editors
 from rep_fast.collisions import CorpusSample
@@ -75,6 +76,27 @@ def test_cached_keys_are_the_edited_models_keys(
         tiny_llama.logits(tiny_llama.encode([one.ids for one in found]))
     keys = seen.at(Site("key", LAYER), torch.tensor([one.position for one in found]))
     torch.testing.assert_close(torch.cat([cached.anchor[None], cached.positives]), keys, rtol=1e-4, atol=1e-5)
+
+
+def test_every_calibrated_step_sees_the_forms_in_the_bare_prompt(
+    tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
+) -> None:
+    """One step on one drawn positive: its loss is the loss over the bare forms and that one."""
+    hparams = dataclasses.replace(HPARAMS, steps=1, batch=1)
+    cached = cache_keys(tiny_llama, rome_edit, LAYER, forms, pool, templates=TEMPLATES, hparams=hparams, seed=3)
+    texts = forms.texts(TEMPLATES)
+    bare = [row for row, (prompt, form) in enumerate(texts) if prompt == FACT.prompt and form != FACT.subject]
+    assert forms.bare_rows(TEMPLATES) == bare
+    assert torch.equal(cached.bare, torch.cat([cached.anchor[None], cached.positives])[bare])
+
+    start = KeyAdapter.initial(cached.anchor.shape[0], rank=4, seed=3).weights
+    order = list(range(len(cached.positives)))
+    random.Random("order/3").shuffle(order)
+    rows = torch.cat([cached.bare, cached.positives[order[:1]]])
+    logits, negative = (torch.ops.rep_fast.gate_logits(part, list(start)) for part in (rows, cached.negatives))
+    wanted = (1 - rows @ cached.response).square().mean() + softplus(-logits).mean() + softplus(negative).mean()
+    _, losses = fit(start, cached, hparams, seed=3)
+    assert losses[0] == pytest.approx(float(wanted), rel=1e-5)  # B = 0: nothing is moved yet
 
 
 def test_paper_steps_follow_a_plain_loop(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms) -> None:
