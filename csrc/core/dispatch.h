@@ -3,7 +3,8 @@
 // How an op is added (stem = the op's name, the same everywhere):
 //   csrc/cpu/<op>.h          the public function (plain views and sizes, CpuLevel, thread count), and
 //                            struct <Op>Kernels: one function pointer per level-dependent piece of work
-//   csrc/cpu/<op>.cpp        the driver (blocks, queue, heaps), the bodies of namespace portable, and the table
+//   csrc/cpu/<op>.cpp        the driver (blocks, queue, heaps), the bodies of namespace portable, and the table; a
+//                            large driver leaves the bodies to <op>_portable.cpp and its parts to files named by idea
 //   csrc/cpu/<op>_avx2.cpp   the bodies of namespace rep_fast::avx2, compiled with -mavx2 -mfma -mf16c. It holds
 //                            intrinsics and internal-linkage functions, its entry points in rep_fast::avx2 and nothing
 //                            else: no standard containers or algorithms, no inline template that is not always_inline

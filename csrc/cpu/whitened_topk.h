@@ -8,15 +8,13 @@
 #include <array>
 #include <cstdint>
 #include <span>
-#include <variant>
 
 #include "core/dispatch.h"
 #include "core/dtype.h"
+#include "core/key_matrix.h"
 #include "core/matrix_view.h"
 
 namespace rep_fast {
-
-using KeyMatrix = std::variant<MatrixView<const float>, MatrixView<const BFloat16>, MatrixView<const Float16>>;
 
 enum class ScanPrecision { kFloat32, kFloat64 };
 
@@ -102,6 +100,9 @@ struct WhitenedTopkKernels {
 
 const DispatchTable<WhitenedTopkKernels>& whitened_topk_table();
 
+namespace portable {
+extern const WhitenedTopkKernels kWhitenedTopk;
+}
 namespace avx2 {
 extern const WhitenedTopkKernels kWhitenedTopk;
 }
