@@ -1,23 +1,11 @@
 #include "cpu/whitened_topk.h"
 
 #include "bindings.h"
+#include "key_arg.h"
 #include "tensor_arg.h"
 
 namespace rep_fast::python {
 namespace {
-
-KeyMatrix key_matrix(const TensorArg& keys) {
-    switch (keys.dtype()) {
-        case DType::kFloat32:
-            return keys.matrix<const float>();
-        case DType::kBFloat16:
-            return keys.matrix<const BFloat16>();
-        case DType::kFloat16:
-            return keys.matrix<const Float16>();
-        default:
-            throw Error(std::string("keys must be bfloat16, float16 or float32, got ") + dtype_name(keys.dtype()));
-    }
-}
 
 // Updates scores, ids and query_dropped; returns (non-finite keys, first of them or −1, pairs scored in float64).
 py::tuple scan(const py::object& keys, const py::object& queries, const py::object& scores, const py::object& ids,
@@ -26,7 +14,7 @@ py::tuple scan(const py::object& keys, const py::object& queries, const py::obje
                std::int64_t window, const py::object& indptr, const py::object& subjects, bool is_float64, int level,
                int n_threads) {
     const ScanInput input = {
-        .keys = key_matrix(TensorArg(keys, "keys")),
+        .keys = key_arg(keys, "keys"),
         .queries = TensorArg(queries, "queries").matrix<const float>(),
         .first_id = first_id,
         .last_token = {.token_ids = optional_vector<const std::int64_t>(token_ids, "token_ids"),

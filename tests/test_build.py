@@ -104,7 +104,7 @@ def test_tensors_cross_without_the_exchange_table(module: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (torch.ones(2, 3, dtype=torch.float64), "keys must be bfloat16, float16 or float32, got float64"),
+        (torch.ones(2, 3, dtype=torch.float64), "keys must be float32, bfloat16 or float16, got float64"),
         (torch.ones(2, 3, dtype=torch.int8), "keys has a dtype .* no kernel takes"),
         (torch.ones(3), "keys must have 2 dimensions, got 1"),
         (torch.ones(3, 2).T, "keys must have contiguous columns, got column stride 2"),
