@@ -30,7 +30,7 @@ class KeyAdapter:
         notes: what its training reported; JSON values only.
     Raises:
         HparamError: tau out of range.
-        LayerError: the weights do not fit together.
+        LayerError: the weights do not fit together, or r, M or H is 0.
         NonFiniteError: a weight is NaN or infinite.
     """
 
@@ -42,6 +42,10 @@ class KeyAdapter:
     def __post_init__(self) -> None:
         if not 0.0 <= self.tau <= 1.0:
             raise HparamError(f"gate threshold tau={self.tau} is out of range; use a number between 0 and 1")
+        for name in ("a", "w1"):
+            shape = tuple(getattr(self.weights, name).shape)
+            if len(shape) != 2 or 0 in shape:
+                raise LayerError(f"adapter weight {name} has shape {shape}; it must be a matrix with no empty side")
         rank, width, hidden = self.rank, self.width, self.weights.w1.shape[0]
         wanted: dict[str, tuple[int, ...]] = {"a": (rank, width), "b": (width, rank), "w1": (hidden, width)}
         wanted |= {"b1": (hidden,), "w2": (hidden,), "b2": (1,)}

@@ -10,6 +10,7 @@ import torch
 from rep_fast.edits import KeyAdapter
 from rep_fast.edits.key_adapter import adapted
 from rep_fast.errors import HparamError, LayerError, NonFiniteError
+from rep_fast.ops.gated_adapter import AdapterWeights
 
 M = 20
 
@@ -103,6 +104,19 @@ def test_weights_that_do_not_fit(part: str) -> None:
     weights = trained(1).weights
     with pytest.raises(LayerError, match="adapter weight"):
         KeyAdapter(weights._replace(**{part: torch.zeros(9, 2)}))
+
+
+@pytest.mark.parametrize(("rank", "hidden", "part"), [(0, 4, "a"), (3, 0, "w1")])
+def test_weights_of_rank_or_gate_width_zero(rank: int, hidden: int, part: str) -> None:
+    shapes = {"a": (rank, M), "b": (M, rank), "w1": (hidden, M), "b1": (hidden,), "w2": (hidden,), "b2": (1,)}
+    with pytest.raises(LayerError, match=rf"adapter weight {part} has shape \(0, {M}\); it must be a matrix"):
+        KeyAdapter(AdapterWeights(**{name: torch.zeros(shape) for name, shape in shapes.items()}))
+
+
+@pytest.mark.parametrize("part", ["a", "w1"])
+def test_weights_that_are_no_matrix(part: str) -> None:
+    with pytest.raises(LayerError, match=rf"adapter weight {part} has shape \(9,\)"):
+        KeyAdapter(trained(1).weights._replace(**{part: torch.zeros(9)}))
 
 
 def test_weights_with_nan() -> None:
