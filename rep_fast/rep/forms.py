@@ -21,14 +21,12 @@ from rep_fast.models import EditableLM
 class SubjectForms:
     """One fact and the other forms of its subject that training may see.
 
-    rephrases, shuffles: subject strings for the prompt's slot. long_contexts: texts put before the whole prompt with
-    the original subject. origin: where the rephrases come from, for messages.
+    rephrases, shuffles: subject strings for the prompt's slot. origin: where the rephrases come from, for messages.
     """
 
     fact: Fact
     rephrases: tuple[str, ...] = ()
     shuffles: tuple[str, ...] = ()
-    long_contexts: tuple[str, ...] = ()
     origin: str = "given"
 
     @classmethod
@@ -52,10 +50,7 @@ class SubjectForms:
         """(prompt with `{}`, subject form), the bare original first: it is the anchor, not a positive."""
         forms = (self.fact.subject, *self.rephrases, *self.shuffles)
         prompts = [template.replace("{}", self.fact.prompt) for template in templates]
-        behind_long = [f"{text} {self.fact.prompt}" for text in self.long_contexts]
-        return [(prompt, form) for form in forms for prompt in prompts] + [
-            (prompt, self.fact.subject) for prompt in behind_long
-        ]
+        return [(prompt, form) for form in forms for prompt in prompts]
 
     def bare_rows(self, templates: Sequence[str]) -> list[int]:
         """Rows of `texts` with another form in the edit's own prompt and no prefix: the first template is `{}`."""
