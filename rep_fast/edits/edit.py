@@ -121,10 +121,6 @@ class Edit:
 
         return replace(self, modules=tuple(replace(module, adapters=adapters_of(module)) for module in self.modules))
 
-    def without_adapters(self) -> Edit:
-        """The edit as the editor wrote it."""
-        return replace(self, modules=tuple(replace(module, adapters=()) for module in self.modules))
-
     def save(self, path: str | Path) -> None:
         """Store the edit as one safetensors file, whole or not at all.
 

@@ -105,10 +105,6 @@ class KeyAdapter:
     def rank(self) -> int:
         return self.weights.a.shape[0]
 
-    @property
-    def n_parameters(self) -> int:
-        return sum(getattr(self.weights, name).numel() for name in PARTS)
-
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KeyAdapter:
         """The same adapter on another device or in another dtype."""
         parts = {name: getattr(self.weights, name).detach().to(device=device, dtype=dtype) for name in PARTS}

@@ -135,16 +135,6 @@ class Summary:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False, default=str) + "\n"
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Summary:
-        """Inverse of `to_dict`."""
-        return cls(
-            cells={c: {name: Cell(**cell) for name, cell in own.items()} for c, own in data["columns"].items()},
-            seconds={c: {stage: Spread(**s) for stage, s in own.items()} for c, own in data["seconds"].items()},
-            failures={c: tuple(own) for c, own in data["failures"].items()},
-            settings=data["settings"],
-        )
-
 
 def _cells(records: Sequence[CaseRecord]) -> dict[str, Cell]:
     per_seed: dict[int, list[CaseRecord]] = {}

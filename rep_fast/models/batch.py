@@ -67,11 +67,6 @@ class Batch:
         """[n, T] int64: 0, 1, 2 … in every row; right padding leaves real tokens at their own positions."""
         return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
 
-    @property
-    def last_positions(self) -> Tensor:
-        """[n] int64: position of each row's last real token."""
-        return self.lengths - 1
-
     def rows(self) -> list[list[int]]:
         """The ids of each row without pads."""
         return [row[:length] for row, length in zip(self.input_ids.tolist(), self.lengths.tolist(), strict=True)]

@@ -31,14 +31,13 @@ class SuffixState:
     """What `resume` needs, all of it without gradient.
 
     layer: l. starts, lengths: [n] int64. hidden: [n, S, D] residual stream leaving l for tokens starts[j] …, zero where
-    a row has fewer than S = max(lengths − starts) of them. value0: [n, D] MLP output of layer l at token starts[j].
+    a row has fewer than S = max(lengths − starts) of them.
     """
 
     layer: int
     starts: Tensor
     lengths: Tensor
     hidden: Tensor
-    value0: Tensor
     bounds: tuple[tuple[int, int], ...] = field(repr=False)  # (start, length) of each row, known without a device copy
     inputs: tuple[BlockInputs, ...] = field(repr=False)  # of the layers above l
     weights: tuple[nn.Parameter, ...] = field(repr=False)  # of the layers above l, final norm and head
@@ -68,9 +67,9 @@ def suffix_state(lm: EditableLM, batch: Batch, layer: int, starts: Sequence[int]
     _check_attention(lm)
     batch = batch.to(lm.device)
     starts = _checked_starts(batch, starts)
-    residual, value = Site("hidden", layer), Site("value", layer)
+    residual = Site("hidden", layer)
     cache = DynamicCache()  # without config: sliding layers too keep every token, the mask below hides the far ones
-    with torch.no_grad(), lm.capture([residual, value]) as seen:
+    with torch.no_grad(), lm.capture([residual]) as seen:
         lm.run_base(batch, cache=cache)
         width = int((batch.lengths - starts).max())
         position_ids = starts[:, None] + torch.arange(width, device=starts.device)
@@ -79,12 +78,11 @@ def suffix_state(lm: EditableLM, batch: Batch, layer: int, starts: Sequence[int]
         full = seen[residual]
         rows = torch.arange(batch.n_rows, device=full.device)[:, None]
         hidden = full[rows, position_ids.to(full.device)] * is_real[..., None].to(full)
-        value0 = seen.at(value, starts)
         inputs = _block_inputs(lm, layer, cache, starts, position_ids, hidden)
     bounds = tuple(zip(starts.tolist(), batch.lengths.tolist(), strict=True))
     above = [*lm.blocks[layer + 1 :], lm.final_norm, lm.head]
     weights = tuple(parameter for module in above for parameter in module.parameters())
-    return SuffixState(layer, starts, batch.lengths, hidden, value0, bounds, inputs, weights)
+    return SuffixState(layer, starts, batch.lengths, hidden, bounds, inputs, weights)
 
 
 def resume(lm: EditableLM, state: SuffixState, hidden: Tensor, *, at: Sequence[Sequence[int]]) -> Tensor:

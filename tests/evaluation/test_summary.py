@@ -44,11 +44,10 @@ def test_median_and_90th_percentile_of_times(summary):
     assert spread.p90 == pytest.approx(np.quantile([1.0, 2.0, 3.0, 4.0] * 3, 0.9))
 
 
-def test_json_round_trip_and_names(summary):
+def test_json_names(summary):
     data = json.loads(summary.to_json())
     assert set(MAIN_METRICS) <= set(data["columns"]["rome"])
     assert set(data["columns"]["rome"]["success"]) == {"mean", "std", "n", "protocol"}
-    assert Summary.from_dict(data).to_dict() == summary.to_dict()
 
 
 def test_csv_has_a_line_per_number(summary):

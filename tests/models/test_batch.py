@@ -15,7 +15,6 @@ def test_padding_stands_right_and_lengths_are_kept():
     assert batch.lengths.tolist() == [3, 1, 5, 2]
     assert batch.attention_mask.sum(dim=1).tolist() == [3, 1, 5, 2]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 4
-    assert batch.last_positions.tolist() == [2, 0, 4, 1]
     assert (batch.n_rows, batch.n_tokens) == (4, 11)
 
 

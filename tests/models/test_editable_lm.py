@@ -49,13 +49,13 @@ def test_head_runs_on_wanted_positions_only(build_lm):
 def test_pieces_give_the_same_in_the_same_order(tiny_lm64, max_tokens):
     batch = tiny_lm64.encode(TEXTS)
     close = {"rtol": 1e-10, "atol": 1e-10}
-    last = batch.last_positions[:, None].tolist()
+    last = (batch.lengths - 1)[:, None].tolist()
     torch.testing.assert_close(
         tiny_lm64.logits(batch, at=last, max_tokens=max_tokens), tiny_lm64.logits(batch, at=last), **close
     )
     whole, pieces = tiny_lm64.logits(batch), tiny_lm64.logits(batch, max_tokens=max_tokens)
     torch.testing.assert_close(pieces[batch.is_real], whole[batch.is_real], **close)
-    for positions in (None, batch.last_positions):
+    for positions in (None, batch.lengths - 1):
         found = tiny_lm64.keys(batch, [0, 2], positions=positions, max_tokens=max_tokens)
         for layer, expected in tiny_lm64.keys(batch, [0, 2], positions=positions).items():
             torch.testing.assert_close(found[layer], expected, **close)

@@ -41,7 +41,7 @@ def test_layout_of_a_user_opens_an_unknown_family(build_lm):
     assert lm.keys(["Slovenia"], [1])[1].shape[1] == 48
     batch = lm.encode(["Slovenia is in Europe", "Asia"])
     state = lm.suffix_state(batch, 0, [1, 0])
-    last = [[int(position)] for position in batch.last_positions]
+    last = [[int(position)] for position in batch.lengths - 1]
     torch.testing.assert_close(lm.resume(state, state.hidden, at=last), lm.logits(batch, at=last))
 
 

@@ -128,8 +128,8 @@ def test_captured_at_takes_one_token_per_row(tiny_llama):
     batch = tiny_llama.encode(TEXTS)
     with tiny_llama.capture([Site("key", 1)]) as seen:
         tiny_llama.logits(batch)
-    found = seen.at(Site("key", 1), batch.last_positions)
-    for row, position in enumerate(batch.last_positions.tolist()):
+    found = seen.at(Site("key", 1), batch.lengths - 1)
+    for row, position in enumerate((batch.lengths - 1).tolist()):
         assert torch.equal(found[row], seen[Site("key", 1)][row, position])
 
 
