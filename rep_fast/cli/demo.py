@@ -12,7 +12,7 @@ from rep_fast.cli.evaluate import as_json_object
 from rep_fast.cli.opening import Stopwatch, choose_cases, open_model, open_workbench
 from rep_fast.cli.options import DebugOption, DeviceOption, JsonOption, SeedOption
 from rep_fast.cli.screen import Screen, opened
-from rep_fast.cli.writable import check_writable
+from rep_fast.cli.writable import check_directory
 
 if TYPE_CHECKING:
     from rep_fast.api import Workbench
@@ -40,7 +40,7 @@ def demo(
     with opened(as_json=as_json, debug=debug) as screen:
         from rep_fast.report import write_report
 
-        check_writable(out)
+        check_directory(out)
         watch = Stopwatch()
         screen.interrupted = "interrupted; the page was not written, what was gathered for it is kept in the cache"
         lm = open_model(model, device=device)

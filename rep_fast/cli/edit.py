@@ -38,6 +38,7 @@ from rep_fast.cli.options import (
     settings,
 )
 from rep_fast.cli.screen import Screen, opened
+from rep_fast.cli.writable import check_file
 from rep_fast.errors import RecordError
 
 if TYPE_CHECKING:
@@ -64,7 +65,10 @@ def edit(
         Path | None,
         typer.Option("--rephrases", metavar="FILE", help="Other names of the subject, one per line or a JSON list."),
     ] = None,
-    save: Annotated[Path | None, typer.Option("--save", metavar="FILE", help="Keep the edit (safetensors).")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", metavar="FILE", help="Keep the edit (safetensors); missing directories are made."),
+    ] = None,
     text: TextOption = None,
     moments: MomentsOption = None,
     layers: LayersOption = None,
@@ -79,6 +83,8 @@ def edit(
     """Edit one fact and show what the model says before and after, for the prompt, other wordings and neighbours."""
     layer, overrides = one_layer(layers), settings(set_)
     with opened(as_json=as_json, debug=debug) as screen:
+        if save is not None:
+            check_file(save, "--save")
         from rep_fast.facts import Fact
 
         watch = Stopwatch()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rep_fast.cli.opening import Stopwatch
 from rep_fast.cli.options import DebugOption, JsonOption, SeedOption, SetOption, SkipBadOption, settings
 from rep_fast.cli.screen import opened
-from rep_fast.cli.writable import check_writable
+from rep_fast.cli.writable import check_directory
 from rep_fast.errors import OutputError
 
 
@@ -91,6 +91,6 @@ def train(
 
 def _check_free(out: Path, force: bool) -> None:
     """Raise OutputError when the model would replace something, or cannot be written."""
-    check_writable(out)
-    if any(out.iterdir()) and not force:
+    check_directory(out)
+    if not force and out.is_dir() and any(out.iterdir()):
         raise OutputError(f"{out} is not empty; choose another --out, or replace what is there with --force")

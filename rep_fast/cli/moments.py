@@ -19,6 +19,7 @@ from rep_fast.cli.options import (
     numbers,
 )
 from rep_fast.cli.screen import opened
+from rep_fast.cli.writable import check_file
 
 
 def moments(
@@ -28,7 +29,10 @@ def moments(
     tokens: Annotated[
         str, typer.Option("--tokens", metavar="N", help="A number, 10xM (times the key width) or full.")
     ] = "10xM",
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Also save them to this file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Also save them to this file; missing directories are made."),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
@@ -39,6 +43,8 @@ def moments(
     if not wanted:
         raise typer.BadParameter("name at least one layer, like 1,2", param_hint="--layers")
     with opened(as_json=as_json, debug=debug) as screen:
+        if out is not None:
+            check_file(out, "--out")
         from rep_fast.api import text_source
         from rep_fast.stats import SecondMoments
 

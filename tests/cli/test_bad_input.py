@@ -167,8 +167,25 @@ def test_unwritable_output(rep_fast, tiny_model, corpus, case_file, fact, settin
         "moments": ["--model", tiny_model, "--text", corpus, "--layers", "1", "--out", place],
         "edit": ["--model", tiny_model, *fact, "--text", corpus, *settings, "--save", place],
     }[command]
-    refused(rep_fast(command, *arguments), str(place))
+    option = "--save" if command == "edit" else "--out"
+    refused(rep_fast(command, *arguments), str(place), f"choose another {option}")
     assert blocker.read_text() == "not a directory"
+
+
+@pytest.mark.parametrize("command", ["moments", "edit"])
+def test_a_directory_where_a_file_is_wanted(rep_fast, tiny_model, corpus, fact, settings, tmp_path, command):
+    arguments = {
+        "moments": ["--text", corpus, "--layers", "1", "--out", tmp_path],
+        "edit": [*fact, "--text", corpus, *settings, "--save", tmp_path],
+    }[command]
+    refused(rep_fast(command, "--model", tiny_model, *arguments), str(tmp_path), "it is a directory")
+
+
+def test_a_failed_training_leaves_no_directory(rep_fast, case_file, tmp_path):
+    out = tmp_path / "new" / "model"
+    refused(rep_fast("factworld", "train", "--facts", tmp_path / "absent.json", "--out", out), "absent.json")
+    refused(rep_fast("factworld", "train", "--facts", case_file, "--family", "opt", "--out", out), "opt")
+    assert not out.parent.exists()
 
 
 @pytest.mark.parametrize("layer", ["99", "-1", "3"])

@@ -12,7 +12,7 @@ from rep_fast.errors import RecordError
 
 
 def test_prints_one_json_object_and_saves_the_edit(rep_fast, tiny_model, corpus, fact, settings, tmp_path):
-    saved = tmp_path / "edit.safetensors"
+    saved = tmp_path / "made" / "for it" / "edit.safetensors"
     done = rep_fast("edit", "--model", tiny_model, *fact, "--text", corpus, *settings, "--save", saved, "--json")
     assert done.code == 0, done.err
     found = done.json
