@@ -71,8 +71,10 @@ def evaluate(
     if resume and out is None:
         raise typer.BadParameter("needs --out with the run's directory", param_hint="--resume")
     with opened(as_json=as_json, debug=debug) as screen:
-        from rep_fast.evaluation import Protocol, evaluate_single
+        from rep_fast.evaluation import Protocol, RunDirectory, evaluate_single
 
+        if out is not None:
+            RunDirectory.check_place(out, resume=resume)
         watch = Stopwatch()
         lm = open_model(model, device=device, dtype=dtype)
         chosen = choose_cases(screen, lm, cases, split=split, limit=limit, skip_bad=skip_bad)
@@ -80,9 +82,10 @@ def evaluate(
         methods, objectives = names(method), _objectives(rep, rep_objective)
         columns, described = bench.columns(methods, objectives), bench.settings(methods, objectives)
         watch.lap("load")
-        screen.interrupted = _interrupted(out)
+        screen.interrupted = "interrupted before the first record; what was gathered is kept in the cache"
         bench.prepare(methods, rep=len(objectives) > 1, seeds=chosen_seeds)
         watch.lap("prepare")
+        screen.interrupted = _interrupted(out)
         summary = evaluate_single(
             lm,
             chosen,

@@ -25,11 +25,12 @@ class RunDirectory:
     """Records of one run by (seed, case_id, column), kept in memory and, when there is a path, on disk.
 
     Args:
-        path: directory to create or resume; None keeps the run in memory only.
+        path: directory to create or resume, see `check_place`; None keeps the run in memory only.
         settings: what identifies the run, JSON data; a resumed run must have the same.
         resume: continue the run that stands there.
     Raises:
-        OutputError: the directory holds something and `resume` is false, cannot be written, or another process uses it.
+        OutputError: the directory holds something and `resume` is false, holds nothing and `resume` is true, cannot be
+            written, or another process uses it.
         RunMismatchError: the run there was started with other settings; the message names the first field that differs.
         CorruptFileError: a stored file is not what this class writes.
     """
@@ -110,16 +111,29 @@ class RunDirectory:
             return
         write_atomically(self.path / name, text.encode())
 
-    def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        known = self.read_json("settings.json")
-        if not resume and any(path.iterdir()):
+    @staticmethod
+    def check_place(path: str | Path, *, resume: bool) -> None:
+        """Refuse a directory that a run cannot begin in, or with `resume` one that holds no run to go on with.
+
+        Raises:
+            OutputError: it is refused. CorruptFileError: it has results that nobody knows the settings of.
+        """
+        path = Path(path)
+        if not resume and path.is_dir() and any(path.iterdir()):
             raise OutputError(f"{str(path)!r} is not empty; resume the run there (--resume) or choose another --out")
-        if known is not None:
-            _check_settings(path, known, settings)
-        elif (path / "results.jsonl").exists():
-            raise CorruptFileError(f"{str(path)!r} has results but no settings.json; choose another --out")
+        if resume and not (path / "settings.json").exists():
+            if (path / "results.jsonl").exists():
+                raise CorruptFileError(f"{str(path)!r} has results but no settings.json; choose another --out")
+            raise OutputError(
+                f"{str(path)!r} holds no run to resume; check the name, or leave out --resume to start one"
+            )
+
+    def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
+        self.check_place(path, resume=resume)
+        if resume:
+            _check_settings(path, self.read_json("settings.json"), settings)
         else:
+            path.mkdir(parents=True, exist_ok=True)
             self.write_json("settings.json", settings)
         self._results = (path / "results.jsonl").open("ab+")
         self._lock()

@@ -66,6 +66,15 @@ def test_a_run_directory_is_resumed_and_not_overwritten(rep_fast, command, tmp_p
     assert len((out / "results.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_run_that_was_never_started_is_not_resumed(rep_fast, command, tmp_path):
+    done = rep_fast(*command, "--out", tmp_path / "typo", "--resume")
+    assert done.code == 1
+    assert done.err == (
+        f"error: '{tmp_path / 'typo'}' holds no run to resume; check the name, or leave out --resume to start one\n"
+    )
+    assert not (tmp_path / "typo").exists()
+
+
 def test_resuming_with_other_settings_is_refused_by_name(rep_fast, command, tmp_path):
     out = tmp_path / "run"
     assert rep_fast(*command, "--out", out).code == 0

@@ -59,9 +59,14 @@ def test_existing_directory_is_not_overwritten(tmp_path):
         RunDirectory(tmp_path / "other", SETTINGS)
 
 
-def test_resuming_what_was_never_started_starts_it(tmp_path):
-    with RunDirectory(tmp_path / "run", SETTINGS, resume=True) as run:
-        assert run.records == {}
+def test_what_was_never_started_is_not_resumed(tmp_path):
+    with pytest.raises(OutputError, match=r"holds no run to resume; .* leave out --resume"):
+        RunDirectory(tmp_path / "run", SETTINGS, resume=True)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    with pytest.raises(OutputError, match="holds no run to resume"):
+        RunDirectory(tmp_path / "run", SETTINGS, resume=True)
+    RunDirectory(tmp_path / "run", SETTINGS).close()
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["model"] == "tiny"
 
 
