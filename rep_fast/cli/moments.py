@@ -77,7 +77,10 @@ def moments(
                 f"{enough:.1f}",
             )
             if enough < 1:
-                screen.warn(f"layer {row['layer']}: fewer tokens than M = {row['key_width']}; C is singular")
+                screen.warn(
+                    f"layer {row['layer']}: fewer tokens than M = {row['key_width']}, C is singular; "
+                    "give a longer --text or more --tokens"
+                )
         screen.show(table)
         screen.show(f"saved to {out}" if out else "kept in the cache; edits of this model with this text will use them")
         screen.answer(

@@ -173,5 +173,5 @@ def _check_something_to_edit(rows: Tensor, texts: EditTexts, fact: Fact) -> None
     n_targets = texts.target_ids.shape[1]
     if bool((rows[:n_targets].argmax(dim=-1) == texts.target_ids[0]).all()):
         raise NothingToEditError(
-            f"the model already answers {fact.text!r} with {fact.target_new!r}; choose another target_new"
+            f"the model already answers {fact.text!r} with {fact.target_new!r}; choose another target"
         )

@@ -67,7 +67,8 @@ def read_cases(path: str | Path, *, skip_bad: bool = False) -> CaseFile:
         except FieldError as error:
             if not skip_bad:
                 raise RecordError(
-                    f"{path}, record {index}, field '{error.field}': {error}; correct it or skip bad records"
+                    f"{path}, record {index}, field '{error.field}': {error}; "
+                    f"correct it, or leave bad records out with --skip-bad (skip_bad=True)"
                 ) from None
             skipped.append(SkippedRecord(index, error.field, str(error)))
             continue

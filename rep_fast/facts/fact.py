@@ -53,8 +53,8 @@ class Fact:
     target_true: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "subject", "target_new"):
-            object.__setattr__(self, name, clean_text(getattr(self, name), what=name))
+        for name, what in (("prompt", "prompt"), ("subject", "subject"), ("target_new", "target (target_new)")):
+            object.__setattr__(self, name, clean_text(getattr(self, name), what=what))
         if self.target_true is not None:
             object.__setattr__(self, "target_true", clean_text(self.target_true, what="target_true"))
         if (slots := self.prompt.count(SLOT)) != 1:

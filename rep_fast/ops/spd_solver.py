@@ -28,6 +28,7 @@ _MAX_REFINEMENTS = 20
 _MAX_CG_STEPS = 400
 # largest relative ridge that "auto" tries: beyond it the ridge would be a sizeable part of C itself
 _AUTO_RIDGES = (0.0, *(10.0**exponent for exponent in range(-8, -1)))
+_MORE_TOKENS = "collect more tokens (a longer text, or rep-fast moments --tokens N --out FILE for --moments FILE)"
 # entries C_ij and C_ji of a symmetric product may differ by the rounding of its summation
 _ASYMMETRY = {torch.float32: 1e-4, torch.float64: 1e-8}
 
@@ -269,7 +270,7 @@ class SpdSolver:
         return (
             f"solve reached the residual {worst:.1e}, above the tolerance {self.tolerance:.1e}"
             f" (float64 rounding alone allows about {floor:.0e} here);"
-            " collect more tokens, add ridge=, or accept a larger tolerance="
+            f" {_MORE_TOKENS}, or in Python add ridge= or accept a larger tolerance="
         )
 
 
@@ -330,5 +331,7 @@ def _largest_entry(rows: Tensor, first: int) -> float:
 def _singular(M: int, pivot: int, token_count: int | None, ridge: float, auto: bool) -> str:
     tokens = "an unknown number of tokens" if token_count is None else f"{token_count} tokens"
     tried = f" even with ridge {ridge:g}" if ridge else ""
-    remedy = "check how C was made" if auto else "collect more tokens or pass ridge= (ridge='auto' finds the smallest)"
+    remedy = f"{_MORE_TOKENS}, or in Python pass ridge= (ridge='auto' finds the smallest)"
+    if auto:
+        remedy = "check how C was made"
     return f"second moment of width {M} from {tokens} is singular or indefinite at pivot {pivot}{tried}; {remedy}"

@@ -46,7 +46,7 @@ def moments_file(rep_fast, tiny_model, corpus, tmp_path) -> Path:
         ("Slovenia belongs to the continent of", "Slovenia", "Asia", "0 '{}'"),
         ("{} and {} belong to the continent of", "Slovenia", "Asia", "2 '{}'"),
         ("{} belongs to the continent of", " ", "Asia", "subject"),
-        ("{} belongs to the continent of", "Slovenia", "", "target"),
+        ("{} belongs to the continent of", "Slovenia", "", "target (target_new) is empty"),
     ],
     ids=["no slot", "two slots", "no subject", "empty target"],
 )
@@ -73,7 +73,7 @@ def test_a_record_whose_prompt_lacks_the_subject(rep_fast, tiny_model, corpus, c
         "factworld",
         *settings,
     ]
-    refused(rep_fast(*command), "record 1", "Atlantis")
+    refused(rep_fast(*command), "record 1", "Atlantis", "--skip-bad")
     skipped = rep_fast(*command, "--skip-bad", "--json")
     assert skipped.code == 0, skipped.err
     assert skipped.json["cases"] == 2
@@ -148,7 +148,7 @@ def test_nan_in_weights(rep_fast, copied_model, fact):
 def test_a_corpus_shorter_than_the_key_width(rep_fast, tiny_model, fact, settings, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Europe is a continent.")
-    refused(rep_fast("edit", "--model", tiny_model, *fact, "--text", short, *settings), "singular")
+    refused(rep_fast("edit", "--model", tiny_model, *fact, "--text", short, *settings), "singular", "--tokens")
 
 
 def test_no_text_for_a_model_without_its_own(rep_fast, tiny_model, fact, settings):

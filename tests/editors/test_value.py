@@ -95,5 +95,5 @@ def said_already(lm: EditableLM) -> Fact:
 
 
 def test_a_target_the_model_already_says_is_refused(tiny_llama: EditableLM) -> None:
-    with pytest.raises(NothingToEditError, match="already answers"):
+    with pytest.raises(NothingToEditError, match=r"already answers .*; choose another target$"):
         optimise_value(tiny_llama, said_already(tiny_llama), layer=1, templates=TEMPLATES, hparams=HPARAMS)

@@ -190,6 +190,12 @@ def test_a_malformed_record_is_named_by_file_index_and_field(
         read(tmp_path, ROBUSTNESS, record | {"case_id": record["case_id"] if field == "case_id" else 2})
 
 
+def test_the_message_on_a_malformed_record_says_how_to_go_on(tmp_path: Path) -> None:
+    lacking = {name: value for name, value in ROBUSTNESS.items() if name != "subject"} | {"case_id": 2}
+    with pytest.raises(RecordError, match=r"is missing; correct it, or .* with --skip-bad \(skip_bad=True\)$"):
+        read(tmp_path, ROBUSTNESS, lacking)
+
+
 @pytest.mark.parametrize(("record", "field", "reason"), MALFORMED)
 def test_a_malformed_record_is_skipped_on_demand(
     tmp_path: Path, record: dict[str, Any], field: str, reason: str

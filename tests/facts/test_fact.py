@@ -53,14 +53,14 @@ def test_prompt_needs_exactly_one_slot(prompt: str) -> None:
 @pytest.mark.parametrize("value", ["", " \n"])
 def test_blank_fields_are_refused_by_name(field: str, value: str) -> None:
     fields = {"prompt": "{} is", "subject": "s", "target_new": "t", "target_true": "u"} | {field: value}
-    with pytest.raises(PromptError, match=f"{field} is empty"):
+    with pytest.raises(PromptError, match=rf"{field}\)? is empty"):
         Fact(**fields)
 
 
 @pytest.mark.parametrize("field", ["prompt", "subject", "target_new"])
 def test_other_types_are_refused(field: str) -> None:
     fields = {"prompt": "{} is", "subject": "s", "target_new": "t"} | {field: 7}
-    with pytest.raises(PromptError, match=f"{field} must be a string, got int 7"):
+    with pytest.raises(PromptError, match=rf"{field}\)? must be a string, got int 7"):
         Fact(**fields)
 
 
