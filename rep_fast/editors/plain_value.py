@@ -16,10 +16,11 @@ from rep_fast.models import EditableLM, Site
 
 
 def optimise_value_plainly(
-    lm: EditableLM, fact: Fact, *, layer: int, templates: Sequence[str], hparams: ValueHparams
-) -> OptimisedValue:
+    lm: EditableLM, fact: Fact, *, layer: int, templates: Sequence[str], hparams: ValueHparams,
+    target_tok: str = "in_context",
+) -> OptimisedValue:  # fmt: skip
     """As `value.optimise_value`, with one full forward and backward of every token and the whole head per step."""
-    texts = edit_texts(lm, fact, templates)
+    texts = edit_texts(lm, fact, templates, target_tok=target_tok)
     batch = lm.encode(texts.rows)
     starts = torch.tensor(texts.lookup, device=lm.device)
     row_numbers = torch.arange(batch.n_rows, device=lm.device)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rep_fast.errors import NothingToEditError
+from rep_fast.errors import NothingToEditError, TokenizationError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM, Site
 
@@ -79,7 +79,11 @@ def edit_texts(
     fact_token: str = "subject_last",
     target_tok: str = "in_context",
 ) -> EditTexts:
-    """Compose templates, prompt and target (methods §2.1, §2.4 item 4)."""
+    """Compose templates, prompt and target (methods §2.1, §2.4 item 4).
+
+    Raises:
+        TokenizationError: standalone targets have pulled the subject's last tokens out of a text.
+    """
     rows, lookup, answer_at, targets = [], [], [], []
     for template in templates:
         prompt = template.replace("{}", fact.prompt)
@@ -88,6 +92,11 @@ def edit_texts(
         answer_at.append(answer.positions)
         targets.append(answer.target_ids)
         lookup.append(lm.locate(prompt, fact.subject, strategy=fact_token).position)
+        if lookup[-1] >= len(answer.input_ids):
+            raise TokenizationError(
+                f"target {fact.target_new!r} runs together with subject {fact.subject!r} at the end of "
+                f"{prompt!r} in standalone mode; use target_tok=in_context"
+            )
     kept = lm.locate(KL_PROMPT, fact.subject, strategy=fact_token)
     # the KL term reads the logits at the lookup token: nothing after it matters
     rows.append(kept.ids[: kept.position + 1])
@@ -106,20 +115,26 @@ def optimise_value(
         templates: context templates, the bare `{}` first (v_0 is taken from it).
     Raises:
         NothingToEditError: the unedited model already answers the bare prompt with the new target.
+        TokenizationError: see `edit_texts`.
     Cost: one forward of the whole batch, then v_steps passes over the layers above `layer` and the tokens from the
     subject's last one on.
     """
     texts = edit_texts(lm, fact, templates, fact_token=fact_token, target_tok=target_tok)
     batch = lm.encode(texts.rows)
-    starts = torch.tensor(texts.lookup, device=lm.device)
+    lookup = torch.tensor(texts.lookup, device=lm.device)
+    # a standalone target of an always-prepend tokenizer is read from one token before the prompt's last one, which may
+    # lie before the subject's last: that term is constant in δ, but it belongs to the loss (methods §2.4 item 4)
+    starts = [min(place, *read) for place, read in zip(texts.lookup, texts.answer_at, strict=True)]
     key_site, value_site = Site("key", layer), Site("value", layer)
     with torch.no_grad(), lm.capture([key_site, value_site]) as seen:
         state = lm.suffix_state(batch, layer, starts)
-    keys, values = seen.at(key_site, starts)[:-1], seen.at(value_site, starts)[:-1]
+    keys, values = seen.at(key_site, lookup)[:-1], seen.at(value_site, lookup)[:-1]
+    suffix = torch.arange(state.hidden.shape[1], device=state.hidden.device)
+    is_lookup = (suffix == (lookup - state.starts).to(suffix.device)[:, None])[..., None]
 
     def logits(delta: Tensor) -> Tensor:
-        at_subject = torch.cat([state.hidden[:, :1] + delta.to(state.hidden.dtype), state.hidden[:, 1:]], dim=1)
-        return lm.resume(state, at_subject, at=texts.answer_at)
+        moved = state.hidden + is_lookup * delta.to(state.hidden)
+        return lm.resume(state, moved, at=texts.answer_at)
 
     deltas, losses = optimise_delta(logits, texts, values[0], hparams, fact)
     v_0 = values[0].to(deltas.dtype)

@@ -11,7 +11,7 @@ import torch
 from rep_fast.editors import ValueHparams, optimise_value
 from rep_fast.editors.plain_value import optimise_value_plainly
 from rep_fast.editors.value import edit_texts, optimise_delta
-from rep_fast.errors import NothingToEditError
+from rep_fast.errors import NothingToEditError, TokenizationError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM
 
@@ -37,6 +37,30 @@ def test_subject_at_the_end_of_the_prompt(tiny_llama64: EditableLM) -> None:
     fast = optimise_value(tiny_llama64, fact, layer=0, templates=TEMPLATES, hparams=HPARAMS)
     plain = optimise_value_plainly(tiny_llama64, fact, layer=0, templates=TEMPLATES, hparams=HPARAMS)
     torch.testing.assert_close(fast.v_star, plain.v_star, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", ["Paris", "Los Angeles"])
+@pytest.mark.parametrize("prompt", ["The continent of Europe holds {}", "{}"])
+def test_standalone_targets_of_every_tokenizer(build_lm: Any, tokenizer_kind: str, prompt: str, target: str) -> None:
+    """The subject may end the prompt: where a blank is always prepended, the first target is read before it."""
+    lm = build_lm("llama", tokenizer=tokenizer_kind, dtype=torch.float64)
+    settings = {"layer": 0, "templates": TEMPLATES, "hparams": HPARAMS, "target_tok": "standalone"}
+    fact = Fact(prompt, "Slovenia", target)
+    fast, plain = optimise_value(lm, fact, **settings), optimise_value_plainly(lm, fact, **settings)
+    torch.testing.assert_close(fast.deltas, plain.deltas, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fast.losses, plain.losses, rtol=1e-9, atol=0)
+    torch.testing.assert_close(fast.keys, plain.keys, rtol=1e-12, atol=1e-12)
+    texts = edit_texts(lm, fact, TEMPLATES, target_tok="standalone")
+    assert (texts.answer_at[0][0] < texts.lookup[0]) == (tokenizer_kind == "metaspace_always")
+
+
+def test_a_standalone_target_that_swallows_the_subject_is_refused(build_lm: Any) -> None:
+    """decode(["▁", "ica"]) has no leading blank: "Antarct" and "ica" become one token."""
+    lm = build_lm("llama", tokenizer="metaspace_first")
+    fact = Fact("They went to {}", "Antarct", "ica is")
+    edit_texts(lm, fact, ("{}",))
+    with pytest.raises(TokenizationError, match="'ica is' runs together with subject 'Antarct'"):
+        edit_texts(lm, fact, ("{}",), target_tok="standalone")
 
 
 def test_no_gradient_reaches_the_weights(build_lm: Any) -> None:
