@@ -17,14 +17,12 @@ if TYPE_CHECKING:
 
 
 def open_model(name: str, *, device: str | None = None, dtype: str | None = None) -> EditableLM:
-    """The model; local ones load without transformers' own bars."""
+    """The model, opened without transformers' own remarks."""
     import transformers
 
     from rep_fast.api import load_model
     from rep_fast.errors import BackendError
 
-    if name.startswith("factworld") or Path(name).exists():
-        transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
         return load_model(name, device=device, dtype=dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from rep_fast.errors import MissingDependencyError, TextSourceError
+from rep_fast.quiet_hub import quiet_hub
 
 _DIGEST_SAMPLES = 256
 
@@ -160,7 +161,8 @@ class DatasetText:
                 f'the text source {name!r} needs the package datasets; install it with pip install "rep-fast[data]"'
             ) from None
         try:
-            self._rows: Any = datasets.load_dataset(name, config, split=split, revision=revision)
+            with quiet_hub():
+                self._rows: Any = datasets.load_dataset(name, config, split=split, revision=revision)
         except Exception as error:  # datasets raises whatever its loaders and the network raise
             raise TextSourceError(
                 f"dataset {name!r} ({config or 'default'}, {split}) cannot be loaded: {error}"

@@ -25,6 +25,7 @@ from rep_fast.models.layered import LayeredModel
 from rep_fast.models.resume import SuffixState
 from rep_fast.models.sites import Site
 from rep_fast.models.tokens import Answer, Located
+from rep_fast.quiet_hub import no_weight_bars
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ class EditableLM(LayeredModel):
         Merged edits are part of the weights, edits applied by hook are not.
         """
         try:
-            self.model.save_pretrained(directory)
+            with no_weight_bars():
+                self.model.save_pretrained(directory)
             self.tokenizer.save_pretrained(directory)
         except OSError as error:
             raise OutputError(

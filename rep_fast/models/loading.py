@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rep_fast.errors import HparamError, MissingDependencyError, ModelLoadError, NonFiniteError
 from rep_fast.models.families import Layout, layout_for
+from rep_fast.quiet_hub import no_weight_bars, quiet_hub
 
 # name of the embedded model → directory of its weights inside the package
 EMBEDDED = {"factworld": "llama"}
@@ -91,7 +92,8 @@ def load_pretrained(
 
 def _load(loader: Any, name: str, part: str, remedy: str, **options: Any) -> Any:
     try:
-        return loader.from_pretrained(name, **options)
+        with quiet_hub():
+            return loader.from_pretrained(name, **options)
     except _LOAD_ERRORS as error:
         raise ModelLoadError(f"the {part} of {name!r} cannot be loaded ({_first_line(error)}); {remedy}") from error
 
@@ -100,14 +102,15 @@ def _load_weights(name: str, *, dtype: str | torch.dtype, device_map: Any, **opt
     if device_map is not None:
         options["device_map"] = device_map
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below by name, instead of by a table on the terminal
-            **options,
-        )
+        with quiet_hub(), no_weight_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below by name, instead of by a table on the terminal
+                **options,
+            )
     except ImportError as error:
         raise MissingDependencyError(
             f"loading {name!r} needs a package that is not here: {_first_line(error)}"

@@ -46,6 +46,11 @@ def test_round_trip_keeps_bits_and_fingerprint(family, build_lm, tmp_path):
     assert again.name.endswith("two")
 
 
+def test_nothing_is_printed(saved, tmp_path, capfd):
+    EditableLM.from_pretrained(saved / "llama", device="cpu").save_pretrained(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("kind", ["byte_level", "byte_level_bos", "metaspace_always", "metaspace_first"])
 def test_round_trip_of_tokenizers(build_lm, tmp_path, kind):
     lm = build_lm("llama", tokenizer=kind)
