@@ -150,7 +150,7 @@ class Workbench:
         self._given_moments = {str(layer): [moments.corpus, count] for layer, count in moments.counts.items()}
 
     def templates(self, style: str, seed: int) -> tuple[str, ...]:
-        """Context templates, drawn once per style and seed."""
+        """Context templates, from the cache or drawn now, once per style and seed."""
         if (style, seed) not in self._templates:
             drawn = context_templates(self.lm, style=style, seed=seed, cache_dir=self._cache_dir)
             self._templates[style, seed] = drawn

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import string
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -248,6 +249,14 @@ def make_lm(
     if dtype == torch.float64:
         make_exact(model)
     return EditableLM(model, tokenizer, name=f"tiny-{family}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills the user's cache."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("REP_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

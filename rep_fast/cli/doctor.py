@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from rep_fast import __version__
+from rep_fast.cache_place import cache_root
 from rep_fast.cli.options import DebugOption, JsonOption
 from rep_fast.cli.screen import Screen, opened
 
@@ -44,7 +45,7 @@ def _examine() -> dict[str, Any]:
     module = native.find()
     level = None if module.module is None else module.module.level_name(module.module.machine_level())
     weights = Path(__file__).parent.parent / "factworld" / "weights"
-    cache = Path(os.environ.get("REP_FAST_CACHE") or Path.home() / ".cache" / "rep_fast")
+    cache = cache_root()
     return {
         "rep_fast": __version__,
         "python": platform.python_version(),

@@ -51,7 +51,7 @@ class Editor:
         seed: int = 0,
         cache_dir: str | Path | None = None,
     ) -> Edit:
-        """Edit; templates not given are sampled with `seed` (and kept in `cache_dir`)."""
+        """Edit; templates not given are sampled with `seed` and kept in `cache_dir`, see `context_templates`."""
         hparams = self.hparams(lm) if hparams is None else hparams
         if templates is None:
             templates = context_templates(lm, style=hparams.template_style, seed=seed, cache_dir=cache_dir)

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rep_fast.errors import HparamError
+from rep_fast.cache_place import cache_root, readable_name
+from rep_fast.errors import HparamError, OutputError
 from rep_fast.safe_files import write_atomically
 
 if TYPE_CHECKING:
     from rep_fast.models.editable_lm import EditableLM
 
+logger = logging.getLogger(__name__)
+
 SEED_WORDS = ("The", "Therefore", "Because", "I", "You")
 BARE = "{}"
 _TOP_K = 5
+_RECIPE = 1  # part of the cache's key: raised when the same seed gives other texts
 # style → (texts per seed word, length in tokens): "length" counts every token, BOS and seed word included
 _GROUPS = {"rome": ((2, 5), (2, 10)), "memit": ((1, 10),)}
 
@@ -36,26 +41,46 @@ def context_templates(
         style: "rome" (21 templates: the bare one, ten of length 5, ten of length 10) or "memit" (6: the bare one and
             five of length 10).
         seed: of the sampling; the same seed gives the same texts in every process.
-        cache_dir: where they are kept, keyed by model fingerprint, style and seed; None draws them anew.
+        cache_dir: where they are kept, by model fingerprint, style and seed; default `$REP_FAST_CACHE`, else
+            ~/.cache/rep_fast. A place that cannot be written is warned of: they are then drawn by every process.
     Raises:
         HparamError: unknown style, or edits are active (templates belong to the unedited model).
     Cost: one short generation per template.
     """
     if style not in _GROUPS:
         raise HparamError(f"template style {style!r} is unknown; choose from {', '.join(_GROUPS)}")
-    path = None if cache_dir is None else Path(cache_dir) / f"templates-{_key(lm, style, seed)}.json"
-    if path is not None and path.is_file():
-        return tuple(json.loads(path.read_text(encoding="utf-8")))
     if lm.active_edits:
         raise HparamError("context templates are sampled from the unedited model; undo the active edits first")
+    key = hashlib.sha256(f"{lm.fingerprint}/{style}/{seed}/{_RECIPE}".encode()).hexdigest()[:24]
+    path = cache_root(cache_dir) / "templates" / f"{readable_name(lm.name)}-{style}-seed{seed}-{key}.json"
+    stored = _stored(path)
+    if stored is not None:
+        return stored
     templates = (BARE, *(_sample(lm, word, length, seed, number) for word, length, number in _wanted(style)))
-    if path is not None:
-        write_atomically(path, json.dumps(templates, ensure_ascii=False).encode("utf-8"))
+    try:
+        write_atomically(path, json.dumps({"digest": _digest(templates), "templates": templates}, indent=1).encode())
+    except OutputError as error:
+        logger.warning("context templates are not kept (REP_FAST_CACHE or cache_dir says where): %s", error)
     return templates
 
 
-def _key(lm: EditableLM, style: str, seed: int) -> str:
-    return hashlib.sha256(f"{lm.fingerprint}/{style}/{seed}".encode()).hexdigest()[:24]
+def _stored(path: Path) -> tuple[str, ...] | None:
+    """The templates of a cache file; None where there is none, or a damaged one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        templates = tuple(content["templates"])
+        if content["digest"] == _digest(templates):
+            return templates
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    logger.warning("cached context templates %s are damaged and are drawn again", path)
+    return None
+
+
+def _digest(templates: tuple[str, ...]) -> str:
+    return hashlib.sha256(json.dumps(templates).encode()).hexdigest()
 
 
 def _wanted(style: str) -> list[tuple[str, int, int]]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rep_fast.cache_place import cache_root, readable_name
 from rep_fast.errors import CorruptFileError, HparamError, RepFastError
 from rep_fast.ops.accumulate_moment import MomentSum
 from rep_fast.stats.second_moments import SecondMoments
@@ -93,7 +92,5 @@ def load_partial(path: Path) -> PartialMoments:
 
 def cache_path(cache_dir: str | Path | None, *, model_name: str, what: str, identity: Mapping[str, Any]) -> Path:
     """File for a result in the cache: readable parts for people, a digest of `identity` for uniqueness."""
-    root = Path(cache_dir or os.environ.get("REP_FAST_CACHE") or Path.home() / ".cache" / "rep_fast")
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
-    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name).strip("-.")[:40] or "model"
-    return root.expanduser() / "moments" / f"{readable}-{what}-{digest[:24]}.safetensors"
+    return cache_root(cache_dir) / "moments" / f"{readable_name(model_name)}-{what}-{digest[:24]}.safetensors"
