@@ -178,14 +178,23 @@ class Workbench:
             )
         return self._pools[layer]
 
-    def prepare(self, methods: Sequence[str], *, rep: bool, seeds: Sequence[int] = (0,)) -> None:
-        """Make everything shared now, so that the time of an edit is the edit's own."""
+    def prepare(
+        self, methods: Sequence[str], *, rep: bool | Sequence[str | bool | None], seeds: Sequence[int] = (0,)
+    ) -> None:
+        """Make everything shared now, so that the time of an edit is the edit's own.
+
+        Args:
+            rep: True for the preset's objective, or the objectives as `columns` takes them. Negatives are gathered for
+                the calibrated one; the paper's has none.
+        """
+        asked = [rep] if isinstance(rep, bool) else rep
+        objectives = {self.rep_hparams(None if one is True else str(one)).objective for one in asked if one}
         for method in methods:
             hparams = self.hparams(method)
             self.moments(hparams.layer).solver(hparams.layer)
             for seed in seeds:
                 self.templates(hparams.template_style, seed)
-            if rep:
+            if "calibrated" in objectives:
                 self.negative_pool(hparams.layer)
 
     def edit(

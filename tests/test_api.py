@@ -55,6 +55,32 @@ def test_columns_share_the_plain_edit(bench: api.Workbench) -> None:
     assert columns["rome"](CASE, 1) is not plain
 
 
+@pytest.mark.parametrize(
+    ("rep", "gathered"),
+    [
+        (False, False),
+        (True, True),
+        ([None], False),
+        ([None, "paper"], False),
+        ([None, "paper", "calibrated"], True),
+        ([None, True], True),
+    ],
+)
+def test_negatives_are_gathered_for_the_calibrated_objective_alone(
+    bench: api.Workbench, monkeypatch: pytest.MonkeyPatch, rep: Any, gathered: bool
+) -> None:
+    layers: list[int] = []
+    monkeypatch.setattr(bench, "negative_pool", layers.append)
+    bench.prepare(["rome"], rep=rep)
+    assert layers == ([1] if gathered else [])
+
+
+def test_negatives_follow_the_objective_of_the_preset(tiny_llama: EditableLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = api.Workbench(tiny_llama, text=TEXT, preset="rep-official", overrides={"layer": 1})
+    monkeypatch.setattr(bench, "negative_pool", lambda layer: pytest.fail("the paper's objective has no negatives"))
+    bench.prepare(["rome"], rep=True)
+
+
 def test_settings_name_every_hyper_parameter(bench: api.Workbench) -> None:
     settings = bench.settings(["rome"], [None, True])
     assert settings["rome"]["v_steps"] == 3

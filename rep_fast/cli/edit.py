@@ -94,7 +94,7 @@ def edit(
         bench = open_workbench(screen, lm, text=text, preset=preset, overrides=overrides, layer=layer, moments=moments)
         objective = rep_objective or (True if rep else None)
         watch.lap("load")
-        bench.prepare([method], rep=objective is not None, seeds=[seed])
+        bench.prepare([method], rep=[objective], seeds=[seed])
         watch.lap("prepare")
         edits = {method: bench.edit(fact, method=method, seed=seed)}
         watch.lap("edit")

@@ -83,7 +83,7 @@ def evaluate(
         columns, described = bench.columns(methods, objectives), bench.settings(methods, objectives)
         watch.lap("load")
         screen.interrupted = "interrupted before the first record; what was gathered is kept in the cache"
-        bench.prepare(methods, rep=len(objectives) > 1, seeds=chosen_seeds)
+        bench.prepare(methods, rep=objectives, seeds=chosen_seeds)
         watch.lap("prepare")
         screen.interrupted = _interrupted(out)
         summary = evaluate_single(
