@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rep_fast.facts import EditCase
     from rep_fast.models import EditableLM
 
-_SHOWN_SUBJECTS, _SHOWN_HITS = 12, 3
+_SHOWN_SUBJECTS, _SHOWN_HITS, _SHOWN_CONTEXT = 12, 3, 50
 
 
 def scan(
@@ -104,6 +104,7 @@ def _subjects(cases: list[EditCase], found: ScanResult) -> list[dict[str, Any]]:
                     "position": hit.corpus_position,
                     "prefix": hit.prefix_text,
                     "token": hit.hit_token,
+                    "following": hit.following_text,
                 }
                 for hit in found.collisions[number]
             ],
@@ -113,19 +114,19 @@ def _subjects(cases: list[EditCase], found: ScanResult) -> list[dict[str, Any]]:
 
 
 def _show(screen: Screen, lm: EditableLM, found: ScanResult, text_name: str) -> None:
-    from rep_fast.report.gathering import without_marks
+    from rep_fast.report.gathering import around_hit
 
     table = Table(
-        "subject", "ρ", "corpus text up to the hit",
+        "subject", "ρ", "corpus text, the hit in « »",
         title=f"Strongest collisions in {found.n_tokens:,} tokens of {text_name}, layer {found.layer}",
         title_justify="left",
     )  # fmt: skip
     ranked = sorted((own for own in found.collisions if own), key=lambda own: -own[0].rho)
     for own in ranked[:_SHOWN_SUBJECTS]:
         for number, hit in enumerate(own[:_SHOWN_HITS]):
-            prefix = escape(without_marks(lm, hit.prefix_text.removesuffix(hit.hit_token))[-70:])
+            before, token, after = (escape(part) for part in around_hit(lm, hit, width=_SHOWN_CONTEXT))
             subject = escape(hit.subject) if number == 0 else ""
-            table.add_row(subject, f"{hit.rho:.2f}", f"…{prefix}[bold]{escape(hit.hit_token)}[/bold]")
+            table.add_row(subject, f"{hit.rho:.2f}", f"…{before}[bold]«{token}»[/bold]{after}…")
     screen.show(table)
     rest = len(ranked) - _SHOWN_SUBJECTS
     if rest > 0:

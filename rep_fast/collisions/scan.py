@@ -21,6 +21,7 @@ from rep_fast.models import EditableLM
 from rep_fast.stats import SecondMoments
 
 PREFIX_TOKENS = 20
+FOLLOWING_TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Collision:
         rho: β(k, k*)/β(k*, k*), the share of the edit that is retrieved there.
         corpus_position: token number in the corpus.
         prefix_text: up to 20 tokens before the hit inside its block, and the hit.
-        hit_token: text of the token itself.
+        hit_token: text of the token itself, which may be a piece of a word.
+        following_text: up to 10 tokens after the hit inside its block.
     """
 
     subject: str
@@ -42,6 +44,7 @@ class Collision:
     corpus_position: int
     prefix_text: str
     hit_token: str
+    following_text: str = ""
 
 
 @dataclass
@@ -50,13 +53,13 @@ class ScanState:
 
     Attributes:
         hits: running best of every query, ids are corpus positions.
-        prefixes: corpus position → ids of the tokens up to and with that hit.
+        contexts: corpus position → ids of the tokens up to and with that hit, and of those after it.
         key_sum: [M] float64, sum of all keys seen.
         n_tokens: how many.
     """
 
     hits: ops.TopK
-    prefixes: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    contexts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     key_sum: Tensor | None = None
     n_tokens: int = 0
 
@@ -66,7 +69,7 @@ class ScanState:
         sums = [own for own in (self.key_sum, other.key_sum) if own is not None]
         merged = ScanState(
             hits,
-            {**self.prefixes, **other.prefixes},
+            {**self.contexts, **other.contexts},
             torch.stack(sums).sum(0) if sums else None,
             self.n_tokens + other.n_tokens,
         )
@@ -92,19 +95,21 @@ class ScanState:
         self._remember(blocks)
 
     def _remember(self, blocks: TokenBlocks) -> None:
-        """Keep the prefixes of new hits now, while their tokens are at hand."""
+        """Keep the surroundings of new hits now, while their tokens are at hand."""
         last = blocks.first_position + len(blocks.token_ids)
+        ends = torch.cat([blocks.starts[1:], torch.tensor([len(blocks.token_ids)])])
         for position in self._positions():
             if blocks.first_position <= position < last:
                 row = position - blocks.first_position
-                block_start = int(blocks.starts[blocks.starts <= row].max())
-                begin = max(block_start, row - PREFIX_TOKENS)
-                self.prefixes[position] = tuple(blocks.token_ids[begin : row + 1].tolist())
+                begin = max(int(blocks.starts[blocks.starts <= row].max()), row - PREFIX_TOKENS)
+                end = min(int(ends[ends > row].min()), row + 1 + FOLLOWING_TOKENS)
+                before, after = blocks.token_ids[begin : row + 1], blocks.token_ids[row + 1 : end]
+                self.contexts[position] = (tuple(before.tolist()), tuple(after.tolist()))
         self._forget()
 
     def _forget(self) -> None:
         standing = self._positions()
-        self.prefixes = {position: ids for position, ids in self.prefixes.items() if position in standing}
+        self.contexts = {position: ids for position, ids in self.contexts.items() if position in standing}
 
     def _positions(self) -> set[int]:
         return {position for position in self.hits.ids.flatten().tolist() if position >= 0}
@@ -226,7 +231,7 @@ def scan_result(lm: EditableLM, queries: WhitenedQueries, state: ScanState, laye
     ids, scores = state.hits.ids.tolist(), state.hits.exact_scores.tolist()
     for row, (subject, own) in enumerate(zip(queries.subjects, queries.self_similarity.tolist(), strict=True)):
         hits = [(p, s) for p, s in zip(ids[row], scores[row], strict=True) if p >= 0]
-        found.append(tuple(_collision(lm, subject, own, state.prefixes[p], p, s) for p, s in hits))
+        found.append(tuple(_collision(lm, subject, own, *state.contexts[p], p, s) for p, s in hits))
     width = queries.whitened.shape[1]
     key_sum = torch.zeros(width, dtype=torch.float64) if state.key_sum is None else state.key_sum.cpu()
     return ScanResult(
@@ -246,13 +251,22 @@ def as_queries(lm: EditableLM, facts: Sequence[Fact] | Sequence[Query], layer: i
 
 
 def _collision(
-    lm: EditableLM, subject: str, self_similarity: float, prefix: Sequence[int], position: int, score: float
+    lm: EditableLM,
+    subject: str,
+    self_similarity: float,
+    prefix: Sequence[int],
+    following: Sequence[int],
+    position: int,
+    score: float,
 ) -> Collision:
+    prefix_text, whole = (lm.tokenizer.decode([*ids]) for ids in (prefix, (*prefix, *following)))
     return Collision(
         subject=subject,
         score=score,
         rho=score / self_similarity,
         corpus_position=position,
-        prefix_text=lm.tokenizer.decode(list(prefix)),
+        prefix_text=prefix_text,
         hit_token=lm.tokenizer.decode([prefix[-1]]),
+        # decoded together: alone, tokens of some kinds lose their blank; characters cut in two do not fit together
+        following_text=whole.removeprefix(prefix_text) if whole.startswith(prefix_text) else "",
     )

@@ -65,12 +65,13 @@ class Similarities:
 
 @dataclass(frozen=True)
 class CollisionRow:
-    """A corpus place that an edit of `subject` would also answer to; `prefix` ends right before `token`."""
+    """A corpus place that an edit of `subject` would also answer to; `prefix`, `token` and `following` are one text."""
 
     subject: str
     rho: float
     prefix: str
     token: str
+    following: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rep_fast.collisions import ScanResult
+from rep_fast.collisions import Collision, ScanResult
 from rep_fast.edits import Edit
 from rep_fast.evaluation import MAIN_METRICS, METRICS, Summary
 from rep_fast.facts import EditCase, shuffled_subjects
@@ -102,22 +102,37 @@ def similarity_rows(measured: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> 
 def collision_rows(
     lm: EditableLM, scanned: ScanResult, *, per_subject: int = 2, most: int = 12
 ) -> tuple[CollisionRow, ...]:
-    """The strongest collisions, at most `per_subject` of each; marks of a document's start become blanks."""
+    """The strongest collisions, at most `per_subject` of each; see `around_hit` for their texts."""
     hits = [hit for own in scanned.collisions for hit in own[:per_subject]]
     hits.sort(key=lambda hit: -hit.rho)
-    return tuple(
-        CollisionRow(
-            hit.subject, hit.rho, without_marks(lm, hit.prefix_text.removesuffix(hit.hit_token)), hit.hit_token
-        )
-        for hit in hits[:most]
-    )
+    return tuple(CollisionRow(hit.subject, hit.rho, *around_hit(lm, hit)) for hit in hits[:most])
 
 
-def without_marks(lm: EditableLM, text: str) -> str:
+def around_hit(lm: EditableLM, hit: Collision, *, width: int | None = None) -> tuple[str, str, str]:
+    """The words before a hit, its token, and the words after it, as they can be read: whole words, no special tokens.
+
+    The token may be a piece of a word, whose other pieces then end the first text and begin the last. With `width`, at
+    most so many characters before and half as many after it, where words are not longer than that.
+    """
+    token = hit.hit_token.lstrip()
+    before = _without_marks(lm, hit.prefix_text.removesuffix(token))
+    if width is not None:
+        before = before[-width - 1 :]  # one more: it tells whether a word begins there
+    if not before[:1].isspace():  # the window may begin inside a word
+        before = before.partition(" ")[2] or before
+    after = _without_marks(lm, hit.following_text)
+    if width is not None:
+        after = after[: width // 2]
+    if " " in after:  # or end inside one
+        after = after.rpartition(" ")[0]
+    return before.lstrip(), token, after.rstrip()
+
+
+def _without_marks(lm: EditableLM, text: str) -> str:
     """A corpus text without the tokenizer's special tokens, which stand where documents begin."""
     for mark in lm.tokenizer.all_special_tokens:
         text = text.replace(mark, " ")
-    return text.lstrip()
+    return text
 
 
 def layer_scores(label: str, scores: NodeScores, *, top: int = 15) -> LayerScores:

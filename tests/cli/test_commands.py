@@ -23,7 +23,11 @@ def test_scan_lists_collisions_per_subject(rep_fast, tiny_model, corpus, case_fi
         rhos = [hit["rho"] for hit in own["collisions"]]
         assert len(rhos) == 3
         assert rhos == sorted(rhos, reverse=True)
-    assert "Strongest collisions" in rep_fast(*command).out
+        assert all("following" in hit for hit in own["collisions"])
+    shown = rep_fast(*command).out
+    assert "Strongest collisions" in shown
+    best = found["subjects"][0]["collisions"][0]["token"].strip()
+    assert f"«{best}»" in shown
 
 
 def test_trace_gives_the_best_nodes_and_paths(rep_fast, tiny_model, fact):

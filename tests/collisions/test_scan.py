@@ -87,7 +87,7 @@ def star_keys(lm):
     return [query.key.double() for query in subject_queries(lm, FACTS, LAYER)]
 
 
-def test_prefix_ends_with_the_hit_and_stays_inside_its_block(tiny_llama):
+def test_context_surrounds_the_hit_and_stays_inside_its_block(tiny_llama):
     lm, block = tiny_llama, 16
     result = scan(lm, FACTS, CORPUS, make_moments(lm), LAYER, top=8, block=block, rows=2)
     ids = corpus_ids(lm)
@@ -97,6 +97,8 @@ def test_prefix_ends_with_the_hit_and_stays_inside_its_block(tiny_llama):
             start = max(hit.corpus_position // block * block, hit.corpus_position - 20)
             assert hit.prefix_text == lm.tokenizer.decode(ids[start : hit.corpus_position + 1])
             assert hit.hit_token == lm.tokenizer.decode([ids[hit.corpus_position]])
+            end = min((hit.corpus_position // block + 1) * block, hit.corpus_position + 11)
+            assert hit.prefix_text + hit.following_text == lm.tokenizer.decode(ids[start:end])
             lengths.add(hit.corpus_position - start)
     assert max(lengths) < block
 
@@ -129,7 +131,7 @@ def test_shards_merge_to_the_whole(tiny_llama, n_shards):
     assert reduced.collisions == whole.collisions
     assert reduced.n_tokens == whole.n_tokens
     assert torch.allclose(reduced.baseline, whole.baseline, rtol=1e-12)
-    assert set(merged.prefixes) == {hit.corpus_position for own in whole.collisions for hit in own}
+    assert set(merged.contexts) == {hit.corpus_position for own in whole.collisions for hit in own}
 
 
 def test_merging_nothing_changes_nothing(tiny_llama):

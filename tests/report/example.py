@@ -54,7 +54,7 @@ def example_report() -> ReportData:
         ),
         collisions=(
             CollisionRow("Ada Stone Byron", 0.61, "the city was full when Adam", " Byron"),
-            CollisionRow("Ada Stone Byron", 0.48, "and so <b>they</b> met Mary", " Stone"),
+            CollisionRow("Ada Stone Byron", 0.48, "and so <b>they</b> met Mary Gold", "stone", "ley of <i>York</i>"),
         ),
         scanned_tokens=50_000,
         layer_scores=tuple(
