@@ -109,8 +109,9 @@ def draw_negatives(
     some = LocatedTexts(tuple(positives.rows[i] for i in sampled), tuple(positives.positions[i] for i in sampled))
     others = _unlike(some.keys_before(lm, layer), positive_keys, response, hparams.max_rho)
     others = others[: hparams.n_other_tokens]
-    drawn = int.from_bytes(rng.randbytes(4), "little")
-    return Negatives(pool.corpus.random(hparams.n_random, seed=drawn), hard, subjects, others)
+    drawn = pool.corpus.random(hparams.n_random, seed=int.from_bytes(rng.randbytes(4), "little"))
+    # a corpus may name the subject, too
+    return Negatives(_unlike(drawn, positive_keys, response, hparams.max_rho), hard, subjects, others)
 
 
 def _unlike(keys: Tensor, positives: Tensor, response: Tensor, max_rho: float) -> Tensor:
