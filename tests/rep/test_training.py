@@ -17,8 +17,7 @@ from rep_fast.edits import Edit, KeyAdapter, ModuleEdit
 from rep_fast.errors import HparamError
 from rep_fast.facts import EditCase, Fact, MemoryText, Sided
 from rep_fast.models import EditableLM, Site
-from rep_fast.rep import NegativePool, RepHparams, SubjectForms, cache_keys, draw_negatives, fit, train_adapter
-from rep_fast.rep.forms import LocatedTexts, surface_forms
+from rep_fast.rep import NegativePool, RepHparams, SubjectForms, cache_keys, fit, train_adapter
 from rep_fast.rep.objectives import paper_loss, soft_adapted
 from rep_fast.stats import SecondMoments
 
@@ -147,37 +146,6 @@ def test_training_is_deterministic_and_leaves_the_edit_alone(
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
     assert rome_edit.modules[0].adapters == ()
-
-
-def test_negatives_hold_other_subjects_and_earlier_tokens_but_not_the_subject(
-    tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
-) -> None:
-    texts = LocatedTexts.of(tiny_llama, forms.texts(TEMPLATES))
-    response = rome_edit.tensors["response"]
-    drawn = draw_negatives(
-        tiny_llama, forms, texts, pool, positive_keys=texts.subject_keys(tiny_llama, LAYER), response=response,
-        templates=TEMPLATES, hparams=HPARAMS, seed=0,
-    )  # fmt: skip
-    assert drawn.random.shape[0] == 32
-    assert drawn.subjects.shape[0] == 3 * 4
-    assert 0 < drawn.other_tokens.shape[0] <= 40
-    assert float((drawn.hard @ response).max()) < HPARAMS.max_rho
-    own = texts.subject_keys(tiny_llama, LAYER)
-    assert float(torch.cdist(drawn.all(), own).min()) > 1e-4
-
-
-def test_names_are_found_in_text_where_nobody_lists_facts(tiny_llama: EditableLM, pool: NegativePool) -> None:
-    text = MemoryText("news", ["Yesterday Ada King Byron met Charles Babbage in London.", "No names here."])
-    found = NegativePool.of_text(text, pool.corpus)
-    assert "Charles Babbage" in found.subjects
-    assert "London" not in found.subjects
-
-
-def test_surface_forms() -> None:
-    assert surface_forms("Ada King Byron") == (
-        "the Ada King Byron", "Byron, Ada King", "Ada Byron", "Byron", "Ada K. Byron",
-    )  # fmt: skip
-    assert surface_forms("Slovenia") == ("the Slovenia",)
 
 
 def test_refusals(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool) -> None:
