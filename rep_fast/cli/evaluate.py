@@ -73,8 +73,8 @@ def evaluate(
     with opened(as_json=as_json, debug=debug) as screen:
         from rep_fast.evaluation import Protocol, RunDirectory, evaluate_single
 
-        if out is not None:
-            RunDirectory.check_place(out, resume=resume)
+        if out is not None and not RunDirectory.check_place(out, resume=resume) and resume:
+            screen.say(f"no run in {out} yet: this one begins there")
         watch = Stopwatch()
         lm = open_model(model, device=device, dtype=dtype)
         chosen = choose_cases(screen, lm, cases, split=split, limit=limit, skip_bad=skip_bad)
@@ -82,7 +82,7 @@ def evaluate(
         methods, objectives = names(method), _objectives(rep, rep_objective)
         columns, described = bench.columns(methods, objectives), bench.settings(methods, objectives)
         watch.lap("load")
-        screen.interrupted = "interrupted before the first record; what was gathered is kept in the cache"
+        screen.interrupted = "interrupted before the first record; what was gathered so far is kept in the cache"
         bench.prepare(methods, rep=objectives, seeds=chosen_seeds)
         watch.lap("prepare")
         screen.interrupted = _interrupted(out)

@@ -29,8 +29,8 @@ class RunDirectory:
         settings: what identifies the run, JSON data; a resumed run must have the same.
         resume: continue the run that stands there.
     Raises:
-        OutputError: the directory holds something and `resume` is false, holds nothing and `resume` is true, cannot be
-            written, or another process uses it.
+        OutputError: the directory holds something that is not to be resumed, cannot be written, or another process
+            uses it.
         RunMismatchError: the run there was started with other settings; the message names the first field that differs.
         CorruptFileError: a stored file is not what this class writes.
     """
@@ -112,25 +112,27 @@ class RunDirectory:
         write_atomically(self.path / name, text.encode())
 
     @staticmethod
-    def check_place(path: str | Path, *, resume: bool) -> None:
-        """Refuse a directory that a run cannot begin in, or with `resume` one that holds no run to go on with.
+    def check_place(path: str | Path, *, resume: bool) -> bool:
+        """Whether a run stands there to go on with; `resume` where there is none yet begins it.
+
+        A job that may be killed at any moment, before its first record too, is then started and resumed by one command.
 
         Raises:
-            OutputError: it is refused. CorruptFileError: it has results that nobody knows the settings of.
+            OutputError: the directory holds something else, or a run and `resume` is false.
+            CorruptFileError: it has results that nobody knows the settings of.
         """
         path = Path(path)
-        if not resume and path.is_dir() and any(path.iterdir()):
-            raise OutputError(f"{str(path)!r} is not empty; resume the run there (--resume) or choose another --out")
-        if resume and not (path / "settings.json").exists():
-            if (path / "results.jsonl").exists():
-                raise CorruptFileError(f"{str(path)!r} has results but no settings.json; choose another --out")
-            raise OutputError(
-                f"{str(path)!r} holds no run to resume; check the name, or leave out --resume to start one"
-            )
+        if (path / "settings.json").exists() and resume:
+            return True
+        if resume and (path / "results.jsonl").exists():
+            raise CorruptFileError(f"{str(path)!r} has results but no settings.json; choose another --out")
+        if path.is_dir() and any(path.iterdir()):
+            remedy = "it holds no run: choose" if resume else "resume the run there (--resume) or choose"
+            raise OutputError(f"{str(path)!r} is not empty; {remedy} another --out")
+        return False
 
     def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
-        self.check_place(path, resume=resume)
-        if resume:
+        if self.check_place(path, resume=resume):
             _check_settings(path, self.read_json("settings.json"), settings)
         else:
             path.mkdir(parents=True, exist_ok=True)

@@ -66,13 +66,22 @@ def test_a_run_directory_is_resumed_and_not_overwritten(rep_fast, command, tmp_p
     assert len((out / "results.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_run_that_was_never_started_is_not_resumed(rep_fast, command, tmp_path):
-    done = rep_fast(*command, "--out", tmp_path / "typo", "--resume")
-    assert done.code == 1
-    assert done.err == (
-        f"error: '{tmp_path / 'typo'}' holds no run to resume; check the name, or leave out --resume to start one\n"
-    )
-    assert not (tmp_path / "typo").exists()
+def test_resuming_begins_a_run_that_was_never_started_and_says_so(rep_fast, command, tmp_path):
+    done = rep_fast(*command, "--out", tmp_path / "run", "--resume")
+    assert done.code == 0
+    assert f"no run in {tmp_path / 'run'} yet: this one begins there" in done.err
+    assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == 2
+    again = rep_fast(*command, "--out", tmp_path / "run", "--resume")
+    assert (again.code, "begins there" in again.err) == (0, False)
+
+
+def test_resuming_among_other_files_is_refused_before_the_work(rep_fast, command, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    done = rep_fast(*command, "--out", out, "--resume")
+    assert (done.code, done.err) == (1, f"error: '{out}' is not empty; it holds no run: choose another --out\n")
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
 def test_resuming_with_other_settings_is_refused_by_name(rep_fast, command, tmp_path):

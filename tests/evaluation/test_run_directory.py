@@ -59,30 +59,16 @@ def test_existing_directory_is_not_overwritten(tmp_path):
         RunDirectory(tmp_path / "other", SETTINGS)
 
 
-def test_what_was_never_started_is_not_resumed(tmp_path):
-    with pytest.raises(OutputError, match=r"holds no run to resume; .* leave out --resume"):
-        RunDirectory(tmp_path / "run", SETTINGS, resume=True)
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "run").mkdir()
-    with pytest.raises(OutputError, match="holds no run to resume"):
-        RunDirectory(tmp_path / "run", SETTINGS, resume=True)
-    RunDirectory(tmp_path / "run", SETTINGS).close()
+def test_resuming_what_was_never_started_starts_it(tmp_path):
+    assert not RunDirectory.check_place(tmp_path / "run", resume=True)
+    with RunDirectory(tmp_path / "run", SETTINGS, resume=True) as run:
+        assert run.records == {}
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["model"] == "tiny"
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"model": "other"}, "model"),
-        ({"seeds": (0,)}, "seeds"),
-        ({"hparams": {"rome": {"v_steps": 25}}}, "hparams"),
-        ({"extra": 1}, "extra"),
-    ],
-)
-def test_other_settings_are_refused_by_name(tmp_path, change, named):
-    RunDirectory(tmp_path / "run", SETTINGS).close()
-    with pytest.raises(RunMismatchError, match=f" {named}="):
-        RunDirectory(tmp_path / "run", {**SETTINGS, **change}, resume=True)
+    assert RunDirectory.check_place(tmp_path / "run", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds no run"):
+        RunDirectory(tmp_path / "other", SETTINGS, resume=True)
 
 
 def test_dropped_setting_is_refused_by_name(tmp_path):
