@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rep_fast.rep.forms import LocatedTexts, SubjectForms, surface_forms
+from rep_fast.rep.forms import LocatedTexts, SubjectForms, TextKeys, surface_forms
 from rep_fast.rep.hparams import RepHparams
 from rep_fast.rep.negatives import NegativePool, Negatives, draw_negatives
 from rep_fast.rep.training import CachedKeys, cache_keys, fit, train_adapter
@@ -14,6 +14,7 @@ __all__ = [
     "Negatives",
     "RepHparams",
     "SubjectForms",
+    "TextKeys",
     "cache_keys",
     "draw_negatives",
     "fit",

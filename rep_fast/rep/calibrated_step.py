@@ -26,8 +26,8 @@ def calibrated_step(
     """L and ∂L/∂weights (methods §17).
 
     Args:
-        weights: of the adapter; not changed, no graph is recorded.
-        keys: [s + 1, M], the positives and, last, the anchor. negatives: [n, M].
+        weights: of the adapter, wanting no gradient; not changed.
+        keys: [s + 1, M], the positives and, last, the anchor. negatives: [n, M]; s and n at least 1.
         response: [M] with ρ(k) = k·response.
         entering: [s + 1, M], what A reads in place of `keys`: after dropout, and without the protected span.
     Returns:
@@ -48,25 +48,25 @@ def calibrated_step(
     p_gram = p @ (weights.b.T @ weights.b)
     squares = (p_gram * p).sum(dim=1)
     retrieved = p @ toward
-    short = opened[:s] * retrieved[:s] + (keys[:s] @ response - hparams.response_target)
+    excess = opened[:s] * retrieved[:s] + (keys[:s] @ response - hparams.response_target)
 
     # weight of gate²·‖B p‖² in the loss: the shift of a positive, the consistency of the anchor
     per_square = hparams.shift_weight / s / keys.square().sum(dim=1)
     per_square[s] = hparams.consistency / keys.shape[1]
     moved = per_square * opened
     loss = (
-        hparams.response_weight / s * short.dot(short)
+        hparams.response_weight / s * excess.dot(excess)
         + (moved * opened).dot(squares)
         + softplus(-logits[:s]).mean()
         + hparams.negative_weight * softplus(logits[s + 1 :]).mean()
     )
 
-    d_short = (2 * hparams.response_weight / s) * short
+    d_excess = (2 * hparams.response_weight / s) * excess
     d_gate = 2 * moved * squares
-    d_gate[:s] += d_short * retrieved[:s]
+    d_gate[:s] += d_excess * retrieved[:s]
     d_logits = torch.cat([d_gate * opened * (1 - opened), gate[s + 1 :] * (hparams.negative_weight / n)])
     d_logits[:s] += (opened[:s] - 1) / s
-    d_retrieved = d_short * opened[:s]
+    d_retrieved = d_excess * opened[:s]
     d_squares = (moved * opened)[:, None]
     d_p = 2 * d_squares * p_gram
     d_p[:s] += d_retrieved[:, None] * toward

@@ -95,15 +95,29 @@ class LocatedTexts:
         positions = torch.tensor(self.positions)
         return lm.keys(lm.encode(rows), [layer], positions=positions, max_tokens=_CHUNK_TOKENS)[layer].float()
 
-    def keys_before(self, lm: EditableLM, layer: int) -> Tensor:
-        """Keys at every other token up to the subject's last one, BOS left out, [m, M] float32."""
-        first = int(bool(self.rows) and self.rows[0][0] == lm.tokenizer.bos_token_id)
-        rows = [ids[:position] for ids, position in zip(self.rows, self.positions, strict=True) if position > first]
-        if not rows:
-            return torch.empty(0, lm.key_width(layer), device=lm.device)
-        batch = lm.encode(rows)
-        kept = [place >= first for length in batch.lengths.tolist() for place in range(length)]
-        return lm.keys(batch, [layer], max_tokens=_CHUNK_TOKENS)[layer][torch.tensor(kept, device=lm.device)].float()
+    def keys_so_far(self, lm: EditableLM, layer: int) -> TextKeys:
+        """Keys at all tokens up to the subject's last one. One forward truncated at the layer."""
+        rows = [ids[: position + 1] for ids, position in zip(self.rows, self.positions, strict=True)]
+        keys = lm.keys(lm.encode(rows), [layer], max_tokens=_CHUNK_TOKENS)[layer].float()
+        has_bos = bool(rows) and rows[0][0] == lm.tokenizer.bos_token_id
+        return TextKeys(tuple(keys.split([len(ids) for ids in rows])), has_bos)
+
+
+@dataclass(frozen=True)
+class TextKeys:
+    """Keys of texts up to the subject's last token: per text [position + 1, M] float32."""
+
+    rows: tuple[Tensor, ...]
+    has_bos: bool
+
+    @property
+    def subject(self) -> Tensor:
+        """[n, M], at the subjects' last tokens."""
+        return torch.stack([row[-1] for row in self.rows])
+
+    def before(self, chosen: Sequence[int]) -> Tensor:
+        """[m, M], at the other tokens of the chosen texts, BOS left out."""
+        return torch.cat([self.rows[number][int(self.has_bos) : -1] for number in chosen])
 
 
 def in_domain_shuffles(lm: EditableLM, subject: str, *, seed: int, join: Literal["decode", "raw"]) -> tuple[str, ...]:

@@ -21,7 +21,8 @@ class RepHparams:
     consistency: α, weight of the mean squared change of the anchor key (the bare prompt's).
     Paper objective: target "whitened" (u) or "raw" (k*); absolute: |·| around the similarity.
     Calibrated objective: protect_prompt moves no key of the bare prompt, by holding A orthogonal to them;
-    bare_every_step puts the forms in the bare prompt into every batch: most like what is protected, they fit last;
+    bare_every_step puts the forms in the bare prompt into every batch, besides what is drawn, and so gives them more
+    weight: they are what is asked, and most like what is protected;
     response_target, the wanted ρ (1 retrieves the edit as it was written); response_weight and shift_weight of
     (ρ_wanted − ρ)² and of the relative shift; negative_weight of the negatives' half of the gate loss; n_random, n_hard
     corpus keys, hard ones with ρ below max_rho; n_subjects other subjects put into the edit's prompt; n_other_tokens
@@ -62,6 +63,9 @@ class RepHparams:
         for name in ("steps", "batch", "negative_batch", "rank"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise HparamError(f"REP needs {name} of at least 1, got {value}")
+        for name in ("n_random", "n_hard", "n_subjects", "n_other_tokens"):
+            if (value := getattr(self, name)) < 0:
+                raise HparamError(f"REP needs {name} of at least 0, got {value}")
 
     def gate_hidden(self, width: int) -> int:
         """Width of the gate for keys of width M: int(gate_share·M), at least 1."""

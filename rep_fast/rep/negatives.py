@@ -18,7 +18,7 @@ from torch import Tensor
 from rep_fast.collisions import CorpusSample, WhitenedQueries, hard_negatives
 from rep_fast.facts import Fact, TextSource
 from rep_fast.models import EditableLM
-from rep_fast.rep.forms import LocatedTexts, SubjectForms
+from rep_fast.rep.forms import LocatedTexts, SubjectForms, TextKeys
 from rep_fast.rep.hparams import RepHparams
 
 _NAME = re.compile(r"\b[A-Z][\w'’-]+(?: [A-Z][\w'’-]+)+\b")
@@ -80,7 +80,7 @@ def draw_negatives(
     positives: LocatedTexts,
     pool: NegativePool,
     *,
-    positive_keys: Tensor,
+    positive_keys: TextKeys,
     response: Tensor,
     templates: Sequence[str],
     hparams: RepHparams,
@@ -89,7 +89,7 @@ def draw_negatives(
     """Negatives of one edit.
 
     Args:
-        positive_keys: [s, M], the keys of `positives`.
+        positive_keys: of `positives`.
         response: [M] with ρ(k) = k·response; ranks the hard ones.
     Cost: one truncated forward over some 200 short texts and one pass over the corpus sample.
     """
@@ -102,24 +102,29 @@ def draw_negatives(
         last_tokens=torch.tensor([last], device=lm.device),
     )
     layer = pool.corpus.layer
-    (hard,) = hard_negatives(pool.corpus, query, n=hparams.n_hard, max_rho=hparams.max_rho)
+    hard = pool.corpus.keys[:0]
+    if hparams.n_hard:
+        (hard,) = hard_negatives(pool.corpus, query, n=hparams.n_hard, max_rho=hparams.max_rho)
     texts = _other_subjects(forms, pool, templates, hparams.n_subjects, rng)
     subjects = LocatedTexts.of(lm, texts).subject_keys(lm, layer) if texts else hard[:0]
     sampled = rng.sample(range(len(positives.rows)), min(len(positives.rows), hparams.n_other_tokens // 4))
-    some = LocatedTexts(tuple(positives.rows[i] for i in sampled), tuple(positives.positions[i] for i in sampled))
-    others = _unlike(some.keys_before(lm, layer), positive_keys, response, hparams.max_rho)
-    others = others[: hparams.n_other_tokens]
     drawn = pool.corpus.random(hparams.n_random, seed=int.from_bytes(rng.randbytes(4), "little"))
+    others = positive_keys.before(sampled) if sampled else hard[:0]
     # a corpus may name the subject, too
-    return Negatives(_unlike(drawn, positive_keys, response, hparams.max_rho), hard, subjects, others)
+    random_, hard, others = _unlike(
+        (drawn, hard.to(drawn), others.to(drawn)), positive_keys.subject.to(drawn), response, hparams.max_rho
+    )
+    return Negatives(random_, hard, subjects, others[: hparams.n_other_tokens])
 
 
-def _unlike(keys: Tensor, positives: Tensor, response: Tensor, max_rho: float) -> Tensor:
+def _unlike(kinds: Sequence[Tensor], positives: Tensor, response: Tensor, max_rho: float) -> list[Tensor]:
     """Keys that are not positives themselves: "Ada Byron" is a form of the subject inside "Ada Byron the Elder" too."""
+    keys = torch.cat(list(kinds))
     # by products, ten times as fast as difference by difference; in float32 their error would be as large as the limit
     distance = torch.cdist(keys.double(), positives.double(), compute_mode="use_mm_for_euclid_dist").amin(dim=1)
-    is_same = distance < _SAME_KEY * keys.norm(dim=1)
-    return keys[~is_same & (keys @ response.to(keys) < max_rho)]
+    is_other = (distance >= _SAME_KEY * keys.norm(dim=1)) & (keys @ response.to(keys) < max_rho)
+    parts = zip(keys.split([len(kind) for kind in kinds]), is_other.split([len(kind) for kind in kinds]), strict=True)
+    return [kind[is_kept] for kind, is_kept in parts]
 
 
 def _other_subjects(

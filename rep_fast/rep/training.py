@@ -97,9 +97,18 @@ def cache_keys(
     hparams: RepHparams,
     seed: int,
 ) -> CachedKeys:
-    """Keys of the training texts and negatives, from the unedited lower layers."""
+    """Keys of the training texts and negatives, from the unedited lower layers.
+
+    Raises:
+        HparamError: the first template is not `{}`, there is nothing to train on, or negatives are needed and missing.
+    """
+    if not templates or templates[0] != "{}":
+        raise HparamError(f"the first context template must be the bare '{{}}', got {list(templates[:1])}")
     texts = LocatedTexts.of(lm, forms.texts(templates))
-    keys = texts.subject_keys(lm, layer)
+    if len(texts.rows) < 2:
+        raise HparamError(f"there is no other form of {forms.fact.subject!r} and no context to train an adapter on")
+    positives = texts.keys_so_far(lm, layer)
+    keys = positives.subject
     response = edit.tensors["response"].to(keys)
     direction = edit.tensors["k_star" if hparams.target == "raw" else "direction"].to(keys)
     target = direction if hparams.target == "raw" else direction / direction.norm()
@@ -110,9 +119,11 @@ def cache_keys(
         if pool.corpus.layer != layer:
             raise HparamError(f"the negatives are keys of layer {pool.corpus.layer}, the edit is at layer {layer}")
         negatives = draw_negatives(
-            lm, forms, texts, pool, positive_keys=keys, response=response, templates=templates, hparams=hparams,
+            lm, forms, texts, pool, positive_keys=positives, response=response, templates=templates, hparams=hparams,
             seed=seed,
         ).all()  # fmt: skip
+        if not len(negatives):
+            raise HparamError("no negatives were drawn; raise n_random, n_hard, n_subjects or n_other_tokens")
     prompt_keys = lm.keys([texts.rows[0]], [layer])[layer].to(keys)
     basis = torch.linalg.qr(prompt_keys.T.double()).Q.to(keys)
     return CachedKeys(

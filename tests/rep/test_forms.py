@@ -128,16 +128,20 @@ def test_keys_are_read_at_the_subjects_last_token(build_lm: Any, tokenizer_kind:
     torch.testing.assert_close(read, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_keys_before_leave_out_bos_and_the_subjects_last_token(build_lm: Any, tokenizer_kind: str) -> None:
+def test_keys_so_far_leave_bos_and_the_subjects_last_token_apart(build_lm: Any, tokenizer_kind: str) -> None:
     lm = build_lm("llama", tokenizer=tokenizer_kind)
     texts = [("I think that {}", "Kobe Bryant"), ("{} plays", "Slovenia"), ("{} plays", "Kobe Bryant")]
     found, keys = whole_forward(lm, texts)
     first = int(found[0].ids[0] == lm.tokenizer.bos_token_id)
-    wanted = torch.cat([keys[row, first : one.position] for row, one in enumerate(found)])
-    torch.testing.assert_close(LocatedTexts.of(lm, texts).keys_before(lm, LAYER), wanted, rtol=1e-4, atol=1e-5)
+    read = LocatedTexts.of(lm, texts).keys_so_far(lm, LAYER)
+    for chosen in ([0, 1, 2], [2], [1, 0]):
+        wanted = torch.cat([keys[row, first : found[row].position] for row in chosen])
+        torch.testing.assert_close(read.before(chosen), wanted, rtol=1e-4, atol=1e-5)
+    wanted = torch.stack([keys[row, one.position] for row, one in enumerate(found)])
+    torch.testing.assert_close(read.subject, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("texts", [[], [("{} plays", "Slovenia")]])
-def test_no_key_before_the_first_token(tiny_llama: EditableLM, texts: list[tuple[str, str]]) -> None:
-    located = LocatedTexts.of(tiny_llama, texts)
-    assert located.keys_before(tiny_llama, LAYER).shape == (0, tiny_llama.key_width(LAYER))
+def test_no_key_before_the_first_token(tiny_llama: EditableLM) -> None:
+    read = LocatedTexts.of(tiny_llama, [("{} plays", "Slovenia")]).keys_so_far(tiny_llama, LAYER)
+    assert read.before([0]).shape == (0, tiny_llama.key_width(LAYER))
+    assert read.subject.shape == (1, tiny_llama.key_width(LAYER))

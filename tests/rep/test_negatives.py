@@ -14,7 +14,7 @@ from rep_fast.collisions import CorpusSample
 from rep_fast.facts import Fact, MemoryText
 from rep_fast.models import EditableLM
 from rep_fast.rep import NegativePool, RepHparams, SubjectForms, draw_negatives
-from rep_fast.rep.forms import LocatedTexts
+from rep_fast.rep.forms import LocatedTexts, TextKeys
 from rep_fast.rep.negatives import Negatives
 
 LAYER = 1
@@ -52,8 +52,13 @@ def positives(tiny_llama: EditableLM) -> LocatedTexts:
 
 
 @pytest.fixture(scope="module")
-def positive_keys(tiny_llama: EditableLM, positives: LocatedTexts) -> torch.Tensor:
-    return positives.subject_keys(tiny_llama, LAYER)
+def all_keys(tiny_llama: EditableLM, positives: LocatedTexts) -> TextKeys:
+    return positives.keys_so_far(tiny_llama, LAYER)
+
+
+@pytest.fixture(scope="module")
+def positive_keys(all_keys: TextKeys) -> torch.Tensor:
+    return all_keys.subject
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def draw(
     tiny_llama: EditableLM,
     pool: NegativePool,
     positives: LocatedTexts,
-    positive_keys: torch.Tensor,
+    all_keys: TextKeys,
     response: torch.Tensor,
 ) -> Draw:
     """Negatives of FORMS with some settings changed."""
@@ -76,7 +81,7 @@ def draw(
         *, seed: int = 0, forms: SubjectForms = FORMS, pool: NegativePool = pool, hparams: RepHparams = HPARAMS
     ) -> Negatives:
         return draw_negatives(
-            tiny_llama, forms, positives, pool, positive_keys=positive_keys, response=response, templates=TEMPLATES,
+            tiny_llama, forms, positives, pool, positive_keys=all_keys, response=response, templates=TEMPLATES,
             hparams=hparams, seed=seed,
         )  # fmt: skip
 
@@ -146,11 +151,11 @@ def test_hard_ones_resemble_the_edit_but_not_too_much(draw: Draw, response: torc
 
 
 def test_other_tokens_come_from_before_the_subjects_last_one(
-    tiny_llama: EditableLM, draw: Draw, positives: LocatedTexts, response: torch.Tensor
+    tiny_llama: EditableLM, draw: Draw, positives: LocatedTexts, all_keys: TextKeys, response: torch.Tensor
 ) -> None:
     drawn = draw().other_tokens
     assert 0 < len(drawn) <= HPARAMS.n_other_tokens
-    assert is_among(drawn, positives.keys_before(tiny_llama, LAYER)).all()
+    assert is_among(drawn, all_keys.before(range(len(positives.rows)))).all()
     assert float((drawn @ response).max()) < HPARAMS.max_rho
 
 

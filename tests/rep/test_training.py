@@ -18,7 +18,7 @@ from rep_fast.errors import HparamError
 from rep_fast.facts import EditCase, Fact, MemoryText, Sided
 from rep_fast.models import EditableLM, Site
 from rep_fast.rep import NegativePool, RepHparams, SubjectForms, cache_keys, fit, train_adapter
-from rep_fast.rep.objectives import paper_loss, soft_adapted
+from rep_fast.rep.objectives import calibrated_loss, paper_loss, protecting, soft_adapted
 from rep_fast.stats import SecondMoments
 
 LAYER = 1
@@ -119,6 +119,45 @@ def test_paper_steps_follow_a_plain_loop(tiny_llama: EditableLM, rome_edit: Edit
         optimiser.step()
 
 
+def test_calibrated_steps_follow_a_plain_loop(
+    tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
+) -> None:
+    """Dropout, the protected span, batches and the bare forms together, from an adapter that moves keys already."""
+    hparams = dataclasses.replace(HPARAMS, steps=4, lr=5e-3, batch=4, negative_batch=6, dropout=0.3)
+    cached = cache_keys(tiny_llama, rome_edit, LAYER, forms, pool, templates=TEMPLATES, hparams=hparams, seed=3)
+    generator = torch.Generator().manual_seed(8)
+    start = KeyAdapter.initial(cached.anchor.shape[0], rank=4, seed=3).weights
+    start = start._replace(b=0.1 * torch.randn(start.b.shape, generator=generator))
+    found, losses = fit(start, cached, hparams, seed=3)
+
+    def shuffled(rows: torch.Tensor, name: str) -> torch.Tensor:
+        order = list(range(len(rows)))
+        random.Random(name).shuffle(order)
+        return rows[order]
+
+    positives, negatives = shuffled(cached.positives, "order/3"), shuffled(cached.negatives, "negatives/3")
+    generator = torch.Generator().manual_seed(3)
+    leaves = type(start)(*(part.clone().requires_grad_() for part in start))
+    optimiser = torch.optim.Adam(list(leaves), lr=5e-3)
+    for step, loss_found in enumerate(losses):
+        drawn = positives[[(4 * step + i) % len(positives) for i in range(4)]]
+        rows = torch.cat([cached.bare, drawn, cached.anchor[None]])
+        dropped = rows * (torch.rand(rows.shape, generator=generator) >= 0.3) / 0.7
+        held = protecting(leaves, cached.prompt_basis)
+        moved, logits = soft_adapted(rows, held, entering=dropped)
+        shut = soft_adapted(negatives[[(6 * step + i) % len(negatives) for i in range(6)]], held)[1]
+        loss = calibrated_loss(
+            moved[:-1], rows[:-1], logits[:-1], shut, moved[-1], cached.anchor, cached.response,
+            alpha=hparams.consistency, response_target=1.0, response_weight=1.0, shift_weight=0.1, negative_weight=1.0,
+        )  # fmt: skip
+        assert loss_found == pytest.approx(float(loss.detach()), rel=1e-4)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for part, wanted in zip(found, protecting(leaves, cached.prompt_basis), strict=True):
+        torch.testing.assert_close(part, wanted.detach(), rtol=1e-3, atol=1e-5)
+
+
 def test_calibrated_training_reaches_unit_response_and_spares_the_negatives(
     tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
 ) -> None:
@@ -158,6 +197,15 @@ def test_refusals(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, 
     elsewhere = dataclasses.replace(pool, corpus=dataclasses.replace(pool.corpus, layer=0))
     with pytest.raises(HparamError, match="keys of layer 0, the edit is at layer 1"):
         train(rome_edit, pool=elsewhere)
+    with pytest.raises(HparamError, match=r"first context template must be the bare '{}', got \['Hello. {}'\]"):
+        train(rome_edit, templates=("Hello. {}", "{}"))
+    none = {"n_random": 0, "n_hard": 0, "n_subjects": 0, "n_other_tokens": 0}
+    with pytest.raises(HparamError, match="no negatives were drawn; raise n_random"):
+        train(rome_edit, hparams=dataclasses.replace(HPARAMS, **none))
+    with pytest.raises(HparamError, match="n_hard of at least 0, got -1"):
+        RepHparams(n_hard=-1)
+    with pytest.raises(HparamError, match="no other form of 'Slovenia' and no context"):
+        train_adapter(tiny_llama, rome_edit, SubjectForms(FACT), pool=pool, templates=("{}",), hparams=HPARAMS)
     with pytest.raises(HparamError, match="lacks the tensors"):
         train(dataclasses.replace(rome_edit, tensors={}))
     with pytest.raises(HparamError, match="2 layers"):
