@@ -18,6 +18,7 @@ from rep_fast.errors import HparamError
 from rep_fast.models import EditableLM
 from rep_fast.ops import AdapterWeights
 from rep_fast.presets import flat_mapping
+from rep_fast.rep.adam import Adam
 from rep_fast.rep.calibrated_step import calibrated_step
 from rep_fast.rep.forms import LocatedTexts, SubjectForms
 from rep_fast.rep.hparams import RepHparams
@@ -136,12 +137,12 @@ def fit(
     weights: AdapterWeights, keys: CachedKeys, hparams: RepHparams, *, seed: int
 ) -> tuple[AdapterWeights, list[float]]:
     """Adam on the adapter's weights; returns the trained weights and the loss of every step."""
-    # one flat parameter: the optimiser's cost is per tensor here
+    # one flat parameter: the cost of a step is per tensor here
     flat = torch.cat([part.detach().reshape(-1) for part in weights])
     parts = AdapterWeights(
         *(part.view(like.shape) for part, like in zip(flat.split([w.numel() for w in weights]), weights, strict=True))
     )
-    optimiser = torch.optim.Adam([flat], lr=hparams.lr, fused=True)
+    optimiser = Adam(flat, lr=hparams.lr)
     step = _calibrated if hparams.objective == "calibrated" else _paper
     losses = []
     positives = _slices(keys.positives, hparams.batch, f"order/{seed}")
@@ -149,8 +150,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     for _ in range(hparams.steps):
         loss, gradients = step(parts, keys, next(positives), next(negatives), hparams, generator)
-        flat.grad = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        optimiser.step()
+        optimiser.step(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         losses.append(loss.detach())
     trained = AdapterWeights(*(part.clone() for part in parts))
     return _protected(trained, keys, hparams), torch.stack(losses).tolist()
