@@ -91,8 +91,10 @@ def edit_texts(
         rows.append(answer.input_ids)
         answer_at.append(answer.positions)
         targets.append(answer.target_ids)
-        lookup.append(lm.locate(prompt, fact.subject, strategy=fact_token).position)
-        if lookup[-1] >= len(answer.input_ids):
+        located = lm.locate(prompt, fact.subject, strategy=fact_token)
+        lookup.append(located.position)
+        # the row may be long enough and yet hold other tokens there
+        if answer.input_ids[: located.position + 1] != located.ids[: located.position + 1]:
             raise TokenizationError(
                 f"target {fact.target_new!r} runs together with subject {fact.subject!r} at the end of "
                 f"{prompt!r} in standalone mode; use target_tok=in_context"

@@ -54,12 +54,16 @@ def test_standalone_targets_of_every_tokenizer(build_lm: Any, tokenizer_kind: st
     assert (texts.answer_at[0][0] < texts.lookup[0]) == (tokenizer_kind == "metaspace_always")
 
 
-def test_a_standalone_target_that_swallows_the_subject_is_refused(build_lm: Any) -> None:
-    """decode(["▁", "ica"]) has no leading blank: "Antarct" and "ica" become one token."""
+@pytest.mark.parametrize("target", ["ica is", "ica is in"])
+def test_a_standalone_target_that_swallows_the_subject_is_refused(build_lm: Any, target: str) -> None:
+    """decode(["▁", "ica"]) has no leading blank: "Antarct" and "ica" become one token, one fewer before the target.
+
+    The longer target puts another token where the subject's last one stood.
+    """
     lm = build_lm("llama", tokenizer="metaspace_first")
-    fact = Fact("They went to {}", "Antarct", "ica is")
+    fact = Fact("They went to {}", "Antarct", target)
     edit_texts(lm, fact, ("{}",))
-    with pytest.raises(TokenizationError, match="'ica is' runs together with subject 'Antarct'"):
+    with pytest.raises(TokenizationError, match=f"'{target}' runs together with subject 'Antarct'"):
         edit_texts(lm, fact, ("{}",), target_tok="standalone")
 
 
