@@ -30,6 +30,7 @@ from rep_fast.cli.options import (
     settings,
 )
 from rep_fast.cli.screen import Screen, opened
+from rep_fast.cli.writable import check_directory
 
 if TYPE_CHECKING:
     from rep_fast.evaluation import Summary
@@ -73,8 +74,10 @@ def evaluate(
     with opened(as_json=as_json, debug=debug) as screen:
         from rep_fast.evaluation import Protocol, RunDirectory, evaluate_single
 
-        if out is not None and not RunDirectory.check_place(out, resume=resume) and resume:
-            screen.say(f"no run in {out} yet: this one begins there")
+        if out is not None:
+            check_directory(out)
+            if not RunDirectory.check_place(out, resume=resume) and resume:
+                screen.say(f"no run in {out} yet: this one begins there")
         watch = Stopwatch()
         lm = open_model(model, device=device, dtype=dtype)
         chosen = choose_cases(screen, lm, cases, split=split, limit=limit, skip_bad=skip_bad)

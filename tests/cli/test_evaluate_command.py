@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from rep_fast.models import EditableLM
+
 METRICS = (
     "success",
     "locality",
@@ -82,6 +84,16 @@ def test_resuming_among_other_files_is_refused_before_the_work(rep_fast, command
     done = rep_fast(*command, "--out", out, "--resume")
     assert (done.code, done.err) == (1, f"error: '{out}' is not empty; it holds no run: choose another --out\n")
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_file_in_place_of_the_run_is_refused_before_the_work(rep_fast, command, tmp_path, monkeypatch, resume):
+    monkeypatch.setattr(EditableLM, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        (tmp_path / "file").write_text("mine")
+        done = rep_fast(*command, "--out", place, *resume)
+        refusal = f"error: cannot write to {place} (Not a directory); choose another --out\n"
+        assert (done.code, done.err) == (1, refusal)
 
 
 def test_resuming_with_other_settings_is_refused_by_name(rep_fast, command, tmp_path):
