@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 from rep_fast.errors import OutputError
+
+_LEFT_OVER = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
 
 @contextlib.contextmanager
@@ -35,6 +38,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def is_left_over(path: str | Path) -> bool:
+    """Whether a file has the name of a temporary one of `replacing`: its process was killed, or writes it just now."""
+    return _LEFT_OVER.fullmatch(Path(path).name) is not None
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rep_fast.errors import OutputError
-from rep_fast.safe_files import replacing, write_atomically
+from rep_fast.safe_files import is_left_over, replacing, write_atomically
 
 
 def test_content_arrives_and_nothing_else(tmp_path: Path) -> None:
@@ -27,6 +27,16 @@ def test_a_failure_keeps_the_old_content(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         half()
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+def test_what_a_kill_leaves_behind_is_known_by_its_name(tmp_path: Path) -> None:
+    for name in ("settings.json", ".hidden", "a b.{}"):
+        with replacing(tmp_path / name) as temporary:
+            temporary.write_bytes(b"")
+            assert is_left_over(temporary)
+        assert not is_left_over(tmp_path / name)
+    others = (".tmp", "notes.tmp", ".notes.tmp", "notes.12.0123abcd.tmp", ".notes.12.0123ABCD.tmp", ".notes.x.tmp")
+    assert not any(is_left_over(name) for name in others)
 
 
 def test_a_file_in_the_place_of_a_directory(tmp_path: Path) -> None:

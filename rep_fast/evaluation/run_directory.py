@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from rep_fast.errors import CorruptFileError, OutputError, RunMismatchError
 from rep_fast.evaluation.records import CaseRecord
-from rep_fast.safe_files import write_atomically
+from rep_fast.safe_files import is_left_over, write_atomically
 
 FORMAT = 1
 
@@ -126,7 +126,8 @@ class RunDirectory:
             return True
         if resume and (path / "results.jsonl").exists():
             raise CorruptFileError(f"{str(path)!r} has results but no settings.json; choose another --out")
-        if path.is_dir() and any(path.iterdir()):
+        # killed while settings.json was being written, a run leaves no more than a temporary file
+        if path.is_dir() and not all(is_left_over(file) for file in path.iterdir()):
             remedy = "it holds no run: choose" if resume else "resume the run there (--resume) or choose"
             raise OutputError(f"{str(path)!r} is not empty; {remedy} another --out")
         return False

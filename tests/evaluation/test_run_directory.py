@@ -71,6 +71,28 @@ def test_resuming_what_was_never_started_starts_it(tmp_path):
         RunDirectory(tmp_path / "other", SETTINGS, resume=True)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_killed_while_it_wrote_its_settings_begins_again(tmp_path, monkeypatch, resume):
+    class KilledError(BaseException):
+        pass
+
+    def kill(*_):
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", kill)
+        patched.setattr("pathlib.Path.unlink", lambda *_, **__: None)
+        with pytest.raises(KilledError):
+            RunDirectory(tmp_path / "run", SETTINGS)
+    (left,) = (tmp_path / "run").iterdir()
+    assert left.name.startswith(".settings.json.")
+    assert not RunDirectory.check_place(tmp_path / "run", resume=resume)
+    with RunDirectory(tmp_path / "run", SETTINGS, resume=resume) as run:
+        run.append(record(0))
+    with RunDirectory(tmp_path / "run", SETTINGS, resume=True) as run:
+        assert len(run.records) == 1
+
+
 def test_dropped_setting_is_refused_by_name(tmp_path):
     RunDirectory(tmp_path / "run", {**SETTINGS, "text": "wikitext"}).close()
     with pytest.raises(RunMismatchError, match=" text="):
