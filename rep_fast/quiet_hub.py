@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 _CLIENTS = ("huggingface_hub", "urllib3")
@@ -23,7 +24,10 @@ def quiet_hub() -> Iterator[None]:
 
 @contextmanager
 def no_weight_bars() -> Iterator[None]:
-    """Inside, transformers shows no bar for tensors it reads or writes; bars of downloads stay as they are."""
+    """Inside, transformers shows no bar for tensors it reads or writes; bars of downloads stay as they are.
+
+    HF_HUB_DISABLE_PROGRESS_BARS in the environment settles the hub's bars, whatever is switched here.
+    """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
@@ -33,10 +37,16 @@ def no_weight_bars() -> Iterator[None]:
     hub_is_silent = are_progress_bars_disabled()
     # both functions of transformers switch the hub's bars too
     restore_hub = disable_progress_bars if hub_is_silent else enable_progress_bars
-    disable_progress_bar()
-    restore_hub()
+    _switch(disable_progress_bar, restore_hub)
     try:
         yield
     finally:
-        enable_progress_bar()
-        restore_hub()
+        _switch(enable_progress_bar, restore_hub)
+
+
+def _switch(*switches: Callable[[], object]) -> None:
+    """Where the environment settles the hub's bars, its switches do nothing and print a warning that they do not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Cannot (dis|en)able progress bars", category=UserWarning)
+        for switch in switches:
+            switch()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -72,6 +74,22 @@ def test_bars_of_weights_go_and_come_back(bars_shown: None, hub_is_silent: bool)
     assert is_progress_bar_enabled()
     assert are_progress_bars_disabled() == hub_is_silent
     enable_progress_bars()
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_the_environment_settles_the_bars_of_the_hub(
+    bars_shown: None, monkeypatch: pytest.MonkeyPatch, disabled: bool
+) -> None:
+    """HF_HUB_DISABLE_PROGRESS_BARS=0 or 1, which the hub reads at its import."""
+    enable_progress_bars()
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", disabled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with no_weight_bars():
+            assert not is_progress_bar_enabled()
+            assert are_progress_bars_disabled() == disabled
+    assert is_progress_bar_enabled()
+    assert are_progress_bars_disabled() == disabled
 
 
 def test_bars_that_were_off_stay_off(bars_shown: None) -> None:
