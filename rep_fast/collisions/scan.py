@@ -22,6 +22,7 @@ from rep_fast.stats import SecondMoments
 
 PREFIX_TOKENS = 20
 FOLLOWING_TOKENS = 10
+_CUT = "\ufffd"  # what tokenizers decode a part of a character to
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Collision:
         rho: β(k, k*)/β(k*, k*), the share of the edit that is retrieved there.
         corpus_position: token number in the corpus.
         prefix_text: up to 20 tokens before the hit inside its block, and the hit.
-        hit_token: text of the token itself, which may be a piece of a word.
-        following_text: up to 10 tokens after the hit inside its block.
+        hit_token: text of the token itself as it stands there, the end of `prefix_text`: it may be a piece of a word;
+            of a token that holds a part of a character, the whole character.
+        following_text: up to 10 tokens after the hit inside its block; both texts together are the decoded tokens.
     """
 
     subject: str
@@ -259,14 +261,32 @@ def _collision(
     position: int,
     score: float,
 ) -> Collision:
-    prefix_text, whole = (lm.tokenizer.decode([*ids]) for ids in (prefix, (*prefix, *following)))
+    text, begin, end = _text_around(lm, prefix, following)
     return Collision(
         subject=subject,
         score=score,
         rho=score / self_similarity,
         corpus_position=position,
-        prefix_text=prefix_text,
-        hit_token=lm.tokenizer.decode([prefix[-1]]),
-        # decoded together: alone, tokens of some kinds lose their blank; characters cut in two do not fit together
-        following_text=whole.removeprefix(prefix_text) if whole.startswith(prefix_text) else "",
+        prefix_text=text[:end],
+        hit_token=text[begin:end],
+        following_text=text[end:],
     )
+
+
+def _text_around(lm: EditableLM, prefix: Sequence[int], following: Sequence[int]) -> tuple[str, int, int]:
+    """The tokens as one text and where in it the last token of `prefix` begins and ends, to whole characters.
+
+    Decoded from the same beginning each time: alone, tokens of some kinds lose their blank.
+    """
+    text, with_hit, without = (lm.tokenizer.decode([*ids]) for ids in ((*prefix, *following), prefix, prefix[:-1]))
+    begin, end = _shared_length(text, without), _shared_length(text, with_hit)
+    if with_hit[end:].startswith(_CUT):  # the character there needs the following tokens
+        end += 1
+    if begin == end:  # the text ends inside a character, of which the hit is not the first part
+        begin = _shared_length(text, without.rstrip(_CUT))
+    return text, begin, end
+
+
+def _shared_length(text: str, other: str) -> int:
+    differing = (place for place, (one, two) in enumerate(zip(text, other, strict=False)) if one != two)
+    return next(differing, min(len(text), len(other)))

@@ -18,6 +18,7 @@ from rep_fast.report.answering import answers
 from rep_fast.report.data import Answered, CollisionRow, EditedFact, LayerScores, MetricRow, Similarities
 
 _MEANING = {metric.name: (metric.protocol, metric.meaning) for metric in METRICS}
+_CUT = "\ufffd"  # a window of tokens may begin and end inside a character
 
 
 def edited_fact(
@@ -111,21 +112,23 @@ def collision_rows(
 def around_hit(lm: EditableLM, hit: Collision, *, width: int | None = None) -> tuple[str, str, str]:
     """The words before a hit, its token, and the words after it, as they can be read: whole words, no special tokens.
 
-    The token may be a piece of a word, whose other pieces then end the first text and begin the last. With `width`, at
-    most so many characters before and half as many after it, where words are not longer than that.
+    The token may be a piece of a word, whose other pieces then end the first text and begin the last; its leading blank
+    belongs to the first unless it is all there is. With `width`, at most so many characters before and half as many
+    after it, where words are not longer than that.
     """
-    token = hit.hit_token.lstrip()
-    before = _without_marks(lm, hit.prefix_text.removesuffix(token))
+    token = _without_marks(lm, hit.hit_token)
+    blank = token[: len(token) - len(token.lstrip())] if token.strip() else ""
+    before = _without_marks(lm, hit.prefix_text.removesuffix(hit.hit_token)).lstrip(_CUT) + blank
     if width is not None:
         before = before[-width - 1 :]  # one more: it tells whether a word begins there
     if not before[:1].isspace():  # the window may begin inside a word
         before = before.partition(" ")[2] or before
-    after = _without_marks(lm, hit.following_text)
+    after = _without_marks(lm, hit.following_text).rstrip(_CUT)
     if width is not None:
         after = after[: width // 2]
     if " " in after:  # or end inside one
         after = after.rpartition(" ")[0]
-    return before.lstrip(), token, after.rstrip()
+    return before.lstrip(), token.removeprefix(blank) or " ", after.rstrip()
 
 
 def _without_marks(lm: EditableLM, text: str) -> str:

@@ -103,6 +103,37 @@ def test_context_surrounds_the_hit_and_stays_inside_its_block(tiny_llama):
     assert max(lengths) < block
 
 
+def test_hits_are_pieces_of_the_text_for_every_tokenizer(build_lm, tokenizer_kind):
+    lm, block = build_lm("llama", tokenizer=tokenizer_kind), 9
+    texts = ["Café in  Zürich is naïve. 日本 and São Paulo", " two  blanks and 日本 at the end: 東"]
+    result = scan(lm, FACTS[:1], MemoryText("names", texts), make_moments(lm), LAYER, top=200, window=0, block=block)
+    ids = [token for text in texts for token in lm.tokenizer(text)["input_ids"]]
+    assert len(result.collisions[0]) > len(ids) // 2
+    for hit in result.collisions[0]:
+        position = hit.corpus_position
+        start, end = position // block * block, min((position // block + 1) * block, len(ids))
+        before, upto = (lm.tokenizer.decode(ids[start : position + last]) for last in (0, 1))
+        assert hit.prefix_text + hit.following_text == lm.tokenizer.decode(ids[start:end])
+        assert hit.prefix_text.endswith(hit.hit_token)
+        if "\ufffd" not in before + upto:
+            assert before + hit.hit_token == upto == hit.prefix_text
+
+
+def test_a_token_that_is_a_part_of_a_character_stands_for_all_of_it(build_lm):
+    lm = build_lm("llama", tokenizer="byte_level")
+    text = MemoryText("names", ["café in Zürich, 日"])
+    result = scan(lm, FACTS[:1], text, make_moments(lm), LAYER, top=200, window=0)
+    found = {hit.corpus_position: (hit.prefix_text, hit.hit_token, hit.following_text) for hit in result.collisions[0]}
+    pieces = [lm.tokenizer.decode([token]) for token in lm.tokenizer("café in Zürich, 日")["input_ids"]]
+    assert pieces[4:7] == [" ", "Z\ufffd", "\ufffd"]
+    assert found[4] == ("café in ", " ", "Zürich, 日")
+    assert found[5] == ("café in Zü", "Zü", "rich, 日")
+    assert found[6] == ("café in Zü", "ü", "rich, 日")
+    assert (
+        found[len(pieces) - 3] == found[len(pieces) - 2] == found[len(pieces) - 1] == ("café in Zürich, 日", "日", "")
+    )
+
+
 def test_subject_itself_is_left_out_and_found_without_the_rule(tiny_llama64):
     """The subject's own key in its own sentence is a perfect collision, ρ = 1; the rule removes it."""
     lm, moments = tiny_llama64, make_moments(tiny_llama64)

@@ -22,6 +22,12 @@ def hit(prefix: str, token: str, following: str) -> Collision:
         (hit("mund plays for", " Ash", "stone in Lis"), ("plays for ", "Ash", "stone in")),
         # marks of documents
         (hit("<|begin|>The city of", " Riga", ".<|begin|>And so"), ("The city of ", "Riga", ". And")),
+        # a mark or blanks for a token: not nothing
+        (hit("The city of Riga.", "<|begin|>", "And so on"), ("city of Riga.", " ", "And so")),
+        (hit("The city of", "  ", "Riga is"), ("city of", "  ", "Riga")),
+        (hit("The city of", "", " Riga is"), ("city of", " ", " Riga")),
+        # windows that begin and end inside a character
+        (hit("\ufffd本の", "首都", "は東\ufffd"), ("本の", "首都", "は東")),
         # nothing to cut at
         (hit("", "Riga", ""), ("", "Riga", "")),
         (hit("Ash", "stone", "ley"), ("Ash", "stone", "ley")),
@@ -42,7 +48,7 @@ def test_every_tokenizer_gives_one_text(build_lm: object, tokenizer_kind: str) -
     ids = lm.encode(["Slovenia belongs to the continent of Europe"]).rows()[0]
     for place in range(2, len(ids) - 1):
         whole, prefix = lm.tokenizer.decode(ids), lm.tokenizer.decode(ids[: place + 1])
-        token = lm.tokenizer.decode([ids[place]])
+        token = prefix.removeprefix(lm.tokenizer.decode(ids[:place]))
         found = Collision("Ada", 1.0, 0.5, place, prefix, token, whole.removeprefix(prefix))
         before, shown, after = around_hit(lm, found)
         assert before + shown + after in whole
