@@ -65,7 +65,7 @@ def context_templates(
 
 
 def _stored(path: Path) -> tuple[str, ...] | None:
-    """The templates of a cache file; None where there is none, or a damaged one."""
+    """The templates of a cache file; None where there is none, or one that cannot be used."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         templates = tuple(content["templates"])
@@ -73,7 +73,12 @@ def _stored(path: Path) -> tuple[str, ...] | None:
             return templates
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        logger.warning(
+            "cached context templates %s cannot be read (%s) and are drawn again", path, error.strerror or error
+        )
+        return None
+    except (ValueError, KeyError, TypeError):
         pass
     logger.warning("cached context templates %s are damaged and are drawn again", path)
     return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,21 @@ def test_a_damaged_file_is_drawn_again(
         assert context_templates(tiny_llama, style="memit", cache_dir=tmp_path) == drawn
     assert "damaged and are drawn again" in caplog.text
     assert tuple(json.loads(file.read_text())["templates"]) == drawn
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(
+    tiny_llama: EditableLM, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = context_templates(tiny_llama, style="memit", cache_dir=tmp_path)
+
+    def refuse(path: Path, **_: Any) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, logger="rep_fast"):
+        patched.setattr(Path, "read_text", refuse)  # the mode of a file does not stop root
+        assert context_templates(tiny_llama, style="memit", cache_dir=tmp_path) == drawn
+    assert "cannot be read (Permission denied) and are drawn again" in caplog.text
+    assert "damaged" not in caplog.text
 
 
 def test_a_place_that_cannot_be_written_is_warned_of(
