@@ -179,15 +179,15 @@ class Workbench:
         return self._pools[layer]
 
     def prepare(
-        self, methods: Sequence[str], *, rep: bool | Sequence[str | bool | None], seeds: Sequence[int] = (0,)
+        self, methods: Sequence[str], *, rep: bool | str | Sequence[str | bool | None], seeds: Sequence[int] = (0,)
     ) -> None:
         """Make everything shared now, so that the time of an edit is the edit's own.
 
         Args:
-            rep: True for the preset's objective, or the objectives as `columns` takes them. Negatives are gathered for
-                the calibrated one; the paper's has none.
+            rep: True for the preset's objective, one objective by name, or several as `columns` takes them. Negatives
+                are gathered for the calibrated one; the paper's has none.
         """
-        asked = [rep] if isinstance(rep, bool) else rep
+        asked = [rep] if isinstance(rep, (bool, str)) else rep
         objectives = {self.rep_hparams(None if one is True else str(one)).objective for one in asked if one}
         for method in methods:
             hparams = self.hparams(method)

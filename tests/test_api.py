@@ -60,6 +60,8 @@ def test_columns_share_the_plain_edit(bench: api.Workbench) -> None:
     [
         (False, False),
         (True, True),
+        ("calibrated", True),
+        ("paper", False),
         ([None], False),
         ([None, "paper"], False),
         ([None, "paper", "calibrated"], True),
