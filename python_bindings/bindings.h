@@ -11,6 +11,7 @@ void bind_packed_scores(pybind11::module_& m);
 void bind_gated_adapter(pybind11::module_& m);
 void bind_accumulate_moment(pybind11::module_& m);
 void bind_whitened_topk(pybind11::module_& m);
+void bind_ceilings(pybind11::module_& m);
 
 // Tells rep_fast.backend() which levels of an op have a body of their own.
 template <class Kernels>

@@ -63,8 +63,9 @@ CpuLevel machine_cpu_level() {
     if (!has(extended.ebx, {kF, kDq, kCd, kBw, kVl}) || !has(saved_registers(), {5, 6, 7})) {
         return CpuLevel::kAvx2;
     }
-    constexpr int kBf16Bit = 5;
-    return has(cpuid(7, 1).eax, {kBf16Bit}) ? CpuLevel::kAvx512Bf16 : CpuLevel::kAvx512;
+    constexpr int kBf16Bit = 5, kVnniBit = 11;
+    const bool has_dots = has(cpuid(7, 1).eax, {kBf16Bit}) && has(extended.ecx, {kVnniBit});
+    return has_dots ? CpuLevel::kAvx512Bf16 : CpuLevel::kAvx512;
 }
 
 CpuLevel resolve_cpu_level(std::string_view cap) {

@@ -9,7 +9,7 @@ namespace rep_fast {
 enum class CpuLevel : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 inline constexpr int kCpuLevels = 4;
 
-// portable, avx2 (AVX2 + FMA + F16C), avx512 (F, BW, CD, DQ, VL), avx512_bf16.
+// portable, avx2 (AVX2 + FMA + F16C), avx512 (F, BW, CD, DQ, VL), avx512_bf16 (with VNNI, as every such processor).
 const char* cpu_level_name(CpuLevel level);
 
 // The level of that name; throws Error naming the known ones.

@@ -10,6 +10,7 @@
 //                            else: no standard containers or algorithms, no inline template that is not always_inline
 //                            (tests/cpp/run_checks.sh looks at the symbols)
 //   csrc/cpu/<op>_avx512.cpp the same for rep_fast::avx512, where it wins: -mavx512{f,bw,cd,dq,vl} beside AVX2's
+//   csrc/cpu/<op>_avx512_bf16.cpp likewise with -mavx512bf16
 //   python_bindings/<op>.cpp bind_<op>(module), listed in module.cpp
 //   tests/cpp/test_<op>.cpp  test_<op>(), listed in main.cpp
 // CMake finds the files; nothing else has to be told.
@@ -33,14 +34,7 @@ struct Body {
 template <class Kernels>
 using DispatchTable = std::array<Body<Kernels>, kCpuLevels>;
 
-// Table of an op with a portable and an AVX2 body: AVX-512 machines run the AVX2 one.
-template <class Kernels>
-constexpr DispatchTable<Kernels> table_up_to_avx2(const Kernels& portable, const Kernels& avx2) {
-    return {
-        {{CpuLevel::kPortable, portable}, {CpuLevel::kAvx2, avx2}, {CpuLevel::kAvx2, avx2}, {CpuLevel::kAvx2, avx2}}};
-}
-
-// Table of an op that has an AVX-512 body as well (a file <op>_avx512.cpp in namespace rep_fast::avx512).
+// Table of an op with a portable, an AVX2 and an AVX-512 body. Others write their rows out (whitened_topk).
 template <class Kernels>
 constexpr DispatchTable<Kernels> table_up_to_avx512(const Kernels& portable, const Kernels& avx2,
                                                     const Kernels& avx512) {

@@ -1,7 +1,9 @@
-// The queries of whitened_topk in panels, with what the error bound of its float32 pass needs to know of them.
+// The queries of whitened_topk in panels, with what the error bound of the pass needs to know of them.
 //
-// A float32 score of a chain of c additions differs from the true one by at most γ‖k‖‖w‖ + (underflow), where
+// float32: a chain of c additions differs from the true score by at most γ‖k‖‖w‖ + (underflow), where
 // γ = c·2⁻²⁴/(1 − c·2⁻²⁴), by Cauchy–Schwarz on Σ|k_j w_j|.
+// bfloat16: the queries are replaced by ŵ = high, or high + low, which costs ‖k‖‖w − ŵ‖ more, and the instruction
+// flushes subnormal numbers, which costs 2⁻¹²⁶ per operation and per unit of Σ|k_j| + Σ|ŵ_j|.
 #pragma once
 
 #include <cmath>
@@ -18,14 +20,29 @@ namespace rep_fast {
 float round_down(double value);
 float round_up(double value);
 
+// γ of the longest chain in a pass over keys of this width.
+double accumulation_error(ScanPass pass, std::int64_t key_dim);
+
+// A query's two halves: high is the nearest bfloat16, low the nearest to the rest.
+struct Bf16Halves {
+    BFloat16 high;
+    BFloat16 low;
+};
+Bf16Halves bf16_halves(float query);
+
 class PackedQueries {
   public:
-    PackedQueries(MatrixView<const float> queries, int n_threads);
+    PackedQueries(MatrixView<const float> queries, ScanPass pass, int n_threads);
 
+    ScanPass pass() const { return pass_; }
     std::int64_t n_padded() const { return n_panels_ * kPanelQueries; }
+    // float32 pass: panels from this one on, row `depth` of them.
+    const float* panel(std::int64_t number, std::int64_t depth) const;
     std::int64_t panel_stride() const { return kPanelQueries * queries_.cols; }
-    const float* panel(std::int64_t number) const { return panels_ + number * panel_stride(); }
-    // n_padded of them: each query's share of the margin, γ‖w‖ rounded up.
+    // bfloat16 passes: the same; depth is even.
+    Bf16Panels bf16_panels(std::int64_t number, std::int64_t depth) const;
+
+    // n_padded of them: each query's share of the margin, rounded up.
     const float* margins() const { return margins_.data(); }
     float underflow() const { return underflow_; }
     bool is_finite(std::int64_t query) const { return std::isfinite(norms_[static_cast<std::size_t>(query)]); }
@@ -35,12 +52,18 @@ class PackedQueries {
     float key_norm(double square) const;
 
   private:
-    void pack(std::int64_t panel, double gamma);
+    std::int64_t pairs_stride() const { return kPanelQueries * ((queries_.cols + 1) / 2); }
+    void pack_float32(std::int64_t panel);
+    void pack_bf16(std::int64_t panel);
+    void set_margin(std::int64_t query, double square, double packed_norms, double rest_square);
 
     MatrixView<const float> queries_;
+    ScanPass pass_;
     std::int64_t n_panels_;
     AlignedBuffer buffer_;
-    float* panels_;
+    float* panels_ = nullptr;
+    std::vector<std::uint32_t> high_;
+    std::vector<std::uint32_t> low_;
     std::vector<double> norms_;
     std::vector<float> margins_;
     float underflow_ = 0.0f;

@@ -1,10 +1,12 @@
-// The scan loop of whitened_topk: blocks of keys against chunks of queries. The float32 bodies are in
-// whitened_topk_<level>.cpp, the error bound in packed_queries, the hits and what is left out in running_hits.
+// The scan loop of whitened_topk: blocks of keys against chunks of queries. The products are in
+// whitened_topk_<level>.cpp, the choice among them in pass_choice, their error bound in packed_queries, the hits and
+// what is left out in running_hits.
 #include "cpu/whitened_topk.h"
 
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "core/aligned_buffer.h"
@@ -12,12 +14,22 @@
 #include "core/gradual_underflow.h"
 #include "core/work_queue.h"
 #include "cpu/packed_queries.h"
+#include "cpu/pass_choice.h"
 #include "cpu/running_hits.h"
 
 namespace rep_fast {
 
 const DispatchTable<WhitenedTopkKernels>& whitened_topk_table() {
-    static const auto table = table_up_to_avx2(portable::kWhitenedTopk, avx2::kWhitenedTopk);
+    static const auto table = [] {
+        WhitenedTopkKernels wide = avx2::kWhitenedTopk;
+        wide.float32 = avx512::kFloat32Products;
+        WhitenedTopkKernels with_bf16 = wide;
+        with_bf16.bf16_products = &avx512_bf16::kBf16Products;
+        return DispatchTable<WhitenedTopkKernels>{{{CpuLevel::kPortable, portable::kWhitenedTopk},
+                                                   {CpuLevel::kAvx2, avx2::kWhitenedTopk},
+                                                   {CpuLevel::kAvx512, wide},
+                                                   {CpuLevel::kAvx512Bf16, with_bf16}}};
+    }();
     return table;
 }
 
@@ -52,6 +64,8 @@ struct Worker {
     ScanReport report;
 };
 
+using RowSquares = std::array<double, kBlockKeys>;
+
 template <class T>
 class Scan {
   public:
@@ -66,12 +80,13 @@ class Scan {
     void block(std::int64_t number, Worker& worker) const {
         const std::int64_t begin = number * kBlockKeys;
         const std::int64_t n_rows = std::min(kBlockKeys, keys_.rows - begin);
-        if (input_.precision == ScanPrecision::kFloat64) {
+        if (packed_.pass() == ScanPass::kFloat64) {
             score_every_pair(begin, n_rows, worker);
             return;
         }
+        RowSquares squares{};
         for (std::int64_t chunk = 0; chunk < packed_.n_padded(); chunk += kChunkQueries) {
-            score_chunk(begin, n_rows, chunk, worker);
+            score_chunk(begin, n_rows, chunk, squares, worker);
         }
     }
 
@@ -98,20 +113,19 @@ class Scan {
         }
     }
 
-    void score_chunk(std::int64_t begin, std::int64_t n_rows, std::int64_t chunk, Worker& worker) const {
+    // squares: Σ k² of the block's rows, filled with the first chunk.
+    void score_chunk(std::int64_t begin, std::int64_t n_rows, std::int64_t chunk, RowSquares& squares,
+                     Worker& worker) const {
         const std::int64_t n_queries = std::min(kChunkQueries, packed_.n_padded() - chunk);
-        const std::int64_t n_tiles = (n_rows + kTileKeys - 1) / kTileKeys;
-        std::array<double, kBlockKeys> squares{};
-        for (std::int64_t depth = 0; depth < keys_.cols; depth += kBlockDepth) {
-            const std::int64_t n = std::min(kBlockDepth, keys_.cols - depth);
-            for (std::int64_t row = 0; row < n_rows; ++row) {
-                squares[static_cast<std::size_t>(row)] +=
-                    of_key_.widen(keys_.row(begin + row) + depth, n, worker.widened.data() + row * kWidenedStride);
+        if (packed_.pass() == ScanPass::kFloat32) {
+            multiply_float32(begin, n_rows, chunk, n_queries, squares, worker);
+        } else if constexpr (std::is_same_v<T, BFloat16>) {
+            multiply_bf16(begin, n_rows, chunk, n_queries, worker);
+            if (chunk == 0) {
+                bf16_squares(begin, n_rows, squares, worker);
             }
-            // rows of the last tile beyond n_rows hold what was there before: their scores are not looked at
-            kernels_.multiply(worker.widened.data(), n_tiles,
-                              packed_.panel(chunk / kPanelQueries) + depth * kPanelQueries, n_queries / kPanelQueries,
-                              packed_.panel_stride(), n, worker.scores, n_queries, depth == 0);
+        } else {
+            REP_FAST_CHECK(false, "a bfloat16 pass was chosen for other keys");
         }
         for (std::int64_t row = 0; row < n_rows; ++row) {
             const double square = squares[static_cast<std::size_t>(row)];
@@ -121,11 +135,63 @@ class Scan {
         }
     }
 
+    void multiply_float32(std::int64_t begin, std::int64_t n_rows, std::int64_t chunk, std::int64_t n_queries,
+                          RowSquares& squares, Worker& worker) const {
+        const std::int64_t n_tiles = (n_rows + kTileKeys - 1) / kTileKeys;
+        for (std::int64_t depth = 0; depth < keys_.cols; depth += kBlockDepth) {
+            const std::int64_t n = std::min(kBlockDepth, keys_.cols - depth);
+            for (std::int64_t row = 0; row < n_rows; ++row) {
+                const double square =
+                    of_key_.widen(keys_.row(begin + row) + depth, n, worker.widened.data() + row * kWidenedStride);
+                if (chunk == 0) {
+                    squares[static_cast<std::size_t>(row)] += square;
+                }
+            }
+            // rows of the last tile beyond n_rows hold what was there before: their scores are not looked at
+            kernels_.float32.multiply(worker.widened.data(), n_tiles, packed_.panel(chunk / kPanelQueries, depth),
+                                      n_queries / kPanelQueries, packed_.panel_stride(), n, worker.scores, n_queries,
+                                      depth == 0);
+        }
+    }
+
+    void multiply_bf16(std::int64_t begin, std::int64_t n_rows, std::int64_t chunk, std::int64_t n_queries,
+                       Worker& worker) const {
+        for (std::int64_t depth = 0; depth < keys_.cols; depth += kBlockDepth) {
+            const std::int64_t n = std::min(kBlockDepth, keys_.cols - depth);
+            const Bf16Keys block = {.first = keys_.row(begin) + depth,
+                                    .stride = keys_.row_stride,
+                                    .n_rows = n_rows,
+                                    .depth = n,
+                                    .n_after = keys_.cols - depth - n};
+            kernels_.bf16_products->multiply(block, packed_.bf16_panels(chunk / kPanelQueries, depth),
+                                             n_queries / kPanelQueries, worker.scores, n_queries, depth == 0);
+        }
+    }
+
+    // Upper bounds of Σ k², finite exactly when the row is.
+    void bf16_squares(std::int64_t begin, std::int64_t n_rows, RowSquares& squares, Worker& worker) const {
+        const auto chain = static_cast<double>(keys_.cols / 16 + 8);
+        const double flushed = 4.0 * static_cast<double>(keys_.cols) * 0x1p-126;
+        for (std::int64_t row = 0; row < n_rows; ++row) {
+            const BFloat16* const keys = keys_.row(begin + row);
+            const float rough = kernels_.bf16_products->square(keys, keys_.cols);
+            double square = static_cast<double>(rough) * (1.0 + chain * 0x1p-23) + flushed;
+            if (!std::isfinite(rough)) {  // or its square overflows float32
+                square = 0.0;
+                for (std::int64_t depth = 0; depth < keys_.cols; depth += kBlockDepth) {
+                    const std::int64_t n = std::min(kBlockDepth, keys_.cols - depth);
+                    square += of_key_.widen(keys + depth, n, worker.widened.data());
+                }
+            }
+            squares[static_cast<std::size_t>(row)] = square;
+        }
+    }
+
     void rescore_survivors(std::int64_t row, double square, const float* scores, std::int64_t chunk,
                            std::int64_t n_queries, Worker& worker) const {
         const std::int64_t n_survivors =
-            kernels_.select(scores, packed_.margins() + chunk, worker.hits.thresholds() + chunk,
-                            packed_.key_norm(square), packed_.underflow(), n_queries, worker.survivors.data());
+            kernels_.float32.select(scores, packed_.margins() + chunk, worker.hits.thresholds() + chunk,
+                                    packed_.key_norm(square), packed_.underflow(), n_queries, worker.survivors.data());
         for (std::int64_t i = 0; i < n_survivors; ++i) {
             const std::int64_t query = chunk + worker.survivors[i];
             if (query >= input_.queries.rows || !packed_.is_finite(query) || is_excluded(input_, row, query)) {
@@ -205,7 +271,9 @@ ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLeve
         std::visit([](const auto& keys) { return std::pair(keys.rows, keys.cols); }, input.keys);
     check_sizes(input, state, n_keys, key_dim);
     const GradualUnderflow exact_subnormals;  // margins and starting thresholds are computed here, outside the queue
-    const PackedQueries packed(input.queries, n_threads);
+    const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), level).kernels;
+    const ScanPass pass = choose_pass(input, kernels);
+    const PackedQueries packed(input.queries, pass, n_threads);
     for (std::int64_t query = 0; query < input.queries.rows; ++query) {
         state.query_dropped[static_cast<std::size_t>(query)] = !packed.is_finite(query);
     }
@@ -217,7 +285,6 @@ ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLeve
     for (RunningHits& own : hits) {
         workers.emplace_back(own, packed.n_padded());
     }
-    const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), level).kernels;
     std::visit(
         [&](const auto& keys) {
             const Scan scan(input, keys, packed, kernels);
@@ -227,7 +294,9 @@ ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLeve
         },
         input.keys);
     merge_hits(hits, state);
-    return merge_reports(workers);
+    ScanReport report = merge_reports(workers);
+    report.pass = pass;
+    return report;
 }
 
 }  // namespace rep_fast

@@ -98,7 +98,6 @@ std::int64_t select(const float* scores, const float* margins, const float* thre
 constinit const WhitenedTopkKernels kWhitenedTopk = {.f32 = {widen<float>, exact_score<float>},
                                                      .bf16 = {widen<BFloat16>, exact_score<BFloat16>},
                                                      .f16 = {widen<Float16>, exact_score<Float16>},
-                                                     .multiply = multiply,
-                                                     .select = select};
+                                                     .float32 = {.multiply = multiply, .select = select}};
 
 }  // namespace rep_fast::portable

@@ -7,22 +7,26 @@ once, exactly, in memory that does not grow with the stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rep_fast.errors import HparamError, NonFiniteError
+from rep_fast.errors import BackendError, HparamError, NonFiniteError
 from rep_fast.ops import native
 from rep_fast.ops.backend import choose, choose_or_warn
 from rep_fast.ops.profile import recorded
 from rep_fast.reference import whitened_topk as reference
 
-PRECISIONS = ("auto", "fp32", "fp64")
+# how pairs are ruled out, in the order of the native module's numbers
+PASSES = ("fp64", "fp32", "bf16", "bf16x2")
+PRECISIONS = ("auto", *PASSES)
 NONFINITE = ("raise", "exclude")
 _KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_STATE_TENSORS = ("counts", "dropped_queries", "exact_scores", "ids")
+_STATE_TENSORS = ("counts", "dropped_queries", "exact_scores", "ids", "pass_counts")
+_BF16_BODY = "native-avx512_bf16"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class TopK:
         n_keys_seen: keys fed in, dropped ones included.
         n_nonfinite: keys dropped for a NaN or infinity (only with nonfinite="exclude").
         dropped_queries: [S] bool, queries left out for a NaN or infinity (only with nonfinite="exclude").
+        pass_counts: keys that each of `PASSES` went over; the choice changes the cost, never the hits.
     """
 
     exact_scores: Tensor
@@ -45,6 +50,7 @@ class TopK:
     n_keys_seen: int
     n_nonfinite: int
     dropped_queries: Tensor
+    pass_counts: tuple[int, ...] = (0,) * len(PASSES)
 
     @staticmethod
     def empty(n_queries: int, k: int, *, device: torch.device | str = "cpu") -> TopK:
@@ -90,6 +96,7 @@ class TopK:
             n_keys_seen=self.n_keys_seen + other.n_keys_seen,
             n_nonfinite=self.n_nonfinite + other.n_nonfinite,
             dropped_queries=self.dropped_queries | other.dropped_queries,
+            pass_counts=_sums(self.pass_counts, other.pass_counts),
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -99,6 +106,7 @@ class TopK:
             "dropped_queries": self.dropped_queries,
             "exact_scores": self.exact_scores,
             "ids": self.ids,
+            "pass_counts": torch.tensor(self.pass_counts),
         }
 
     @staticmethod
@@ -110,14 +118,15 @@ class TopK:
         """
         if sorted(tensors) != list(_STATE_TENSORS):
             raise HparamError(f"TopK: needs the tensors {', '.join(_STATE_TENSORS)}, got {', '.join(sorted(tensors))}")
-        counts, dropped, scores, ids = (tensors[name] for name in _STATE_TENSORS)
+        counts, dropped, scores, ids, passes = (tensors[name] for name in _STATE_TENSORS)
         shapes_fit = scores.dim() == 2 and scores.shape == ids.shape and dropped.shape == scores.shape[:1]
-        dtypes = (counts.dtype, dropped.dtype, scores.dtype, ids.dtype)
-        if not shapes_fit or counts.shape != (2,) or dtypes != (torch.int64, torch.bool, torch.float64, torch.int64):
+        shapes_fit = shapes_fit and counts.shape == (2,) and passes.shape == (len(PASSES),)
+        dtypes = (counts.dtype, dropped.dtype, scores.dtype, ids.dtype, passes.dtype)
+        if not shapes_fit or dtypes != (torch.int64, torch.bool, torch.float64, torch.int64, torch.int64):
             described = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in sorted(tensors.items()))
             raise HparamError(f"TopK: the tensors do not fit together: {described}")
         n_keys_seen, n_nonfinite = counts.tolist()
-        return TopK(scores, ids, n_keys_seen, n_nonfinite, dropped)
+        return TopK(scores, ids, n_keys_seen, n_nonfinite, dropped, tuple(passes.tolist()))
 
 
 @dataclass(frozen=True)
@@ -251,8 +260,10 @@ def whitened_topk(
         exclusion: pairs that must not be hits; looked at only for pairs that would be.
         state: the result for the blocks before; not changed.
         first_id: id of row 0 of this block, >= 0; ids of blocks must not overlap.
-        precision: "auto" or "fp32" (float32 pass, survivors in float64) or "fp64" (every pair in float64): the same
-            result at another cost.
+        precision: the pass that rules pairs out; the hits are the same, at another cost. "fp64" scores every pair in
+            float64, "fp32" multiplies in float32, "bf16" in bfloat16 with the queries rounded once, "bf16x2" with their
+            high and low halves (bfloat16 keys and AVX-512 BF16). "auto" takes the fastest on this processor whose
+            error bound, on a sample, is small beside the spread of the scores; `TopK.pass_counts` tells what ran.
         nonfinite: "raise", or "exclude" to leave out and count rows with a NaN or infinity.
         delta, seed: failure probability and seed of a randomised pass; the passes offered here draw nothing.
     Returns:
@@ -260,7 +271,7 @@ def whitened_topk(
     Raises:
         HparamError: shapes, dtypes, layouts, devices or options do not fit.
         NonFiniteError: a NaN or infinity in keys or queries; the message names the first row.
-        BackendError: `REP_FAST_ISA` names no instruction set.
+        BackendError: `REP_FAST_ISA` names no instruction set, or the pass asked for has no body for these keys here.
     Cost: one pass over `keys`, 2·N·S·M floating-point operations; memory O(S·(k + M)).
     """
     _check_options(k, first_id, precision, nonfinite, delta)
@@ -275,11 +286,15 @@ def whitened_topk(
         "flops": 2 * keys.shape[0] * queries.shape[0] * keys.shape[1],
         "bytes": keys.numel() * keys.element_size() + queries.numel() * 4 + 2 * before.ids.numel() * 16,
     }
-    with recorded("whitened_topk", choose("whitened_topk", keys.device).name, **work):
+    body = choose("whitened_topk", keys.device).name
+    _check_pass(precision, keys, body)
+    with recorded("whitened_topk", body, **work):
         scores, ids, dropped, counts = torch.ops.rep_fast.whitened_topk(
             keys, queries, before.exact_scores, before.ids, first_id=first_id, precision=precision, **arguments
         )
-    n_nonfinite, first_nonfinite, _ = counts.tolist()
+    n_nonfinite, first_nonfinite, _, number = counts.tolist()
+    passes = [0] * len(PASSES)
+    passes[number] = keys.shape[0]
     if nonfinite == "raise":
         _check_finite(n_nonfinite, first_nonfinite, first_id, dropped)
     return TopK(
@@ -288,6 +303,7 @@ def whitened_topk(
         n_keys_seen=before.n_keys_seen + keys.shape[0],
         n_nonfinite=before.n_nonfinite + n_nonfinite,
         dropped_queries=before.dropped_queries | dropped,
+        pass_counts=_sums(before.pass_counts, passes),
     )
 
 
@@ -336,7 +352,7 @@ def _whitened_topk(
         query_dropped=dropped,
         first_id=first_id,
         **{name: rule.contiguous() if isinstance(rule, Tensor) else rule for name, rule in rules.items()},
-        is_float64=precision == "fp64",
+        precision=precision,
         level=chosen.level,
         n_threads=native.n_threads(),
     )
@@ -361,8 +377,8 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checks and allocation, shared by the fake and the kernels.
 
-    Returns scores [S, k] float64, ids [S, k] int64, dropped queries [S] bool, and counts [3] int64: keys dropped, the
-    first of them (row number or −1), pairs scored in float64.
+    Returns scores [S, k] float64, ids [S, k] int64, dropped queries [S] bool, and counts [4] int64: keys dropped, the
+    first of them (row number or −1), pairs scored in float64, number of the pass in PASSES.
     """
     _check_matrices(keys, queries)
     if scores.dim() != 2 or scores.shape != ids.shape or scores.shape[0] != queries.shape[0]:
@@ -375,7 +391,7 @@ def _outputs(
         torch.empty(scores.shape, dtype=torch.float64, device=keys.device),
         torch.empty(ids.shape, dtype=torch.int64, device=keys.device),
         torch.empty(queries.shape[:1], dtype=torch.bool, device=keys.device),
-        torch.empty(3, dtype=torch.int64, device=keys.device),
+        torch.empty(4, dtype=torch.int64, device=keys.device),
     )
 
 
@@ -413,6 +429,18 @@ def _check_options(k: int, first_id: int, precision: str, nonfinite: str, delta:
         raise HparamError(f"whitened_topk: nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
     if not 0 < delta < 1:
         raise HparamError(f"whitened_topk: delta must lie between 0 and 1, got {delta}")
+
+
+def _check_pass(precision: str, keys: Tensor, body: str) -> None:
+    if precision.startswith("bf16") and (keys.dtype != torch.bfloat16 or body != _BF16_BODY):
+        raise BackendError(
+            f"whitened_topk: precision {precision!r} needs bfloat16 keys and a processor with AVX-512 BF16, here are "
+            f"{str(keys.dtype).removeprefix('torch.')} keys and body {body}; use precision='auto'"
+        )
+
+
+def _sums(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _check_finite(n_nonfinite: int, first_row: int, first_id: int, dropped: Tensor) -> None:

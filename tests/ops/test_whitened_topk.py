@@ -13,12 +13,45 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rep_fast import errors
-from rep_fast.ops import LastTokenExclusion, PairExclusion, TopK, native, profile, whitened_topk
+from rep_fast import backend, errors, ops
+from rep_fast.ops import LastTokenExclusion, PairExclusion, TopK, native, profile
+from rep_fast.ops.whitened_topk import PASSES
 
 pytestmark = pytest.mark.filterwarnings("ignore:whitened_topk. the plain torch body serves")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# what "auto" stands for with bfloat16 keys: the choice by speed would leave passes out on some machines
+_forced = {"bfloat16": "auto"}
+
+
+def whitened_topk(keys: Tensor, queries: Tensor, k: int, *, precision: str = "auto", **options: Any) -> TopK:
+    if precision == "auto" and keys.dtype == torch.bfloat16:
+        precision = _forced["bfloat16"]
+    return ops.whitened_topk(keys, queries, k, precision=precision, **options)
+
+
+def bodies() -> list[str]:
+    """Every level, every pass of bfloat16 products where the machine has them, and plain torch."""
+    module = native.find().module
+    if module is None:
+        return ["reference"]
+    levels = [module.level_name(row) for row in range(module.machine_level() + 1)]
+    passes = [f"avx512_bf16 {name}" for name in ("bf16", "bf16x2") if "avx512_bf16" in levels]
+    return [*levels, *passes, "reference"]
+
+
+@pytest.fixture(params=bodies())
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every body of this op in turn; the level's name."""
+    name, _, forced = request.param.partition(" ")
+    if name == "reference":
+        monkeypatch.setattr(native, "find", lambda: native.Native(None, "the test hides it"))
+    else:
+        monkeypatch.setenv("REP_FAST_ISA", name)
+    monkeypatch.setitem(_forced, "bfloat16", forced or "auto")
+    return name
+
+
 # (keys, queries, width, k): ones, primes, beside each tile (6 keys, 16 queries, depth 256, blocks of 96)
 SHAPES = (
     (1, 1, 1, 1),
@@ -102,8 +135,57 @@ def test_every_level_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     results = []
     for name in ("portable", "avx2", "avx512", "avx512_bf16"):
         monkeypatch.setenv("REP_FAST_ISA", name)
-        results += [whitened_topk(keys, queries, 8, precision=precision) for precision in ("fp32", "fp64")]
+        passes = ("fp32", "fp64", *(("bf16", "bf16x2") if has_bf16_products() else ()))
+        results += [whitened_topk(keys, queries, 8, precision=precision) for precision in passes]
     assert all(same_bits(results[0], other) for other in results[1:])
+
+
+def has_bf16_products() -> bool:
+    return backend()["whitened_topk"][0] == "native-avx512_bf16"
+
+
+def test_the_pass_that_ran_is_told(level: str) -> None:
+    keys, queries = random_block(300, 20, 256, dtype=torch.bfloat16)
+    result = whitened_topk(keys, queries, 5)
+    told = dict(zip(PASSES, result.pass_counts, strict=True))
+    # by measured speed of the two products, where there are both
+    possible = {"fp64"} if level == "reference" else {"bf16", "bf16x2", "fp32"} if has_bf16_products() else {"fp32"}
+    assert sum(told.values()) == 300 == sum(told[name] for name in possible)
+    second = whitened_topk(keys, queries, 5, precision="fp64", state=result, first_id=300)
+    assert second.pass_counts[0] >= 300
+    assert sum(second.pass_counts) == second.n_keys_seen == 600
+    merged = result.merge(whitened_topk(keys, queries, 5, precision="fp64", first_id=300))
+    assert same_bits(merged, second)
+    assert merged.pass_counts == second.pass_counts
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16x2"])
+def test_a_pass_that_is_not_there_is_refused_by_name(level: str, precision: str) -> None:
+    keys, queries = random_block(30, 4, 20)
+    with pytest.raises(errors.BackendError, match=f"precision '{precision}' needs bfloat16 keys .* precision='auto'"):
+        whitened_topk(keys, queries, 2, precision=precision)
+    if not has_bf16_products():
+        with pytest.raises(errors.BackendError, match="a processor with AVX-512 BF16"):
+            whitened_topk(keys.bfloat16(), queries, 2, precision=precision)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e6, 1e8])
+@pytest.mark.parametrize("precision", ["auto", "bf16", "bf16x2", "fp32"])
+@pytest.mark.parametrize("seed", range(3))
+def test_ill_conditioned_keys_lose_no_hit(condition: float, precision: str, seed: int) -> None:
+    """Keys of a wide spectrum against whitened queries, where a plain bfloat16 product loses part of the top ten."""
+    if precision.startswith("bf16") and not has_bf16_products():
+        pytest.skip("needs AVX-512 BF16")
+    generator = torch.Generator().manual_seed(seed)
+    width = 192
+    basis = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
+    spectrum = torch.logspace(0, -math.log10(condition), width, dtype=torch.float64)
+    mixing = basis * spectrum.sqrt()
+    keys = (torch.randn(3000, width, generator=generator, dtype=torch.float64) @ mixing.T).bfloat16()
+    stars = torch.randn(40, width, generator=generator, dtype=torch.float64) @ mixing.T
+    queries = ((stars @ basis / spectrum) @ basis.T).float()
+    result = whitened_topk(keys, queries, 10, precision=precision)
+    assert torch.equal(result.ids, whitened_topk(keys, queries, 10, precision="fp64").ids)
 
 
 @pytest.mark.parametrize(("n", "m", "k"), [(0, 3, 2), (4, 0, 2), (2, 3, 5)])
@@ -134,34 +216,39 @@ def test_is_exact_where_float32_is_wrong(level: str) -> None:
     assert_is_top(whitened_topk(keys, queries, 10), scores, bound)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e19, 1e30, 3e37])
-def test_survives_overflow_and_underflow_of_float32(level: str, scale: float) -> None:
+def test_survives_overflow_and_underflow_of_float32(level: str, scale: float, dtype: torch.dtype) -> None:
     keys, queries = random_block(120, 18, 40)
     keys, queries = keys * scale, queries * scale
     keys[::7] /= scale
+    keys = keys.to(dtype)
     assert_is_top(whitened_topk(keys, queries, 9), *exact_products(keys, queries))
 
 
-def test_keeps_subnormals_when_torch_flushes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keeps_subnormals_when_torch_flushes_them(level: str, dtype: torch.dtype) -> None:
     keys, queries = random_block(60, 5, 24)
-    keys *= 1e-40
+    keys = (keys * 1e-40).to(dtype)
     scores, bound = exact_products(keys, queries)
-    results = []
+    if level == "reference":
+        pytest.skip("torch's own products follow its setting")
     assert torch.set_flush_denormal(True)
     try:
-        for name in ("portable", "avx2"):
-            monkeypatch.setenv("REP_FAST_ISA", name)
-            results.append(whitened_topk(keys, queries, 4))
+        result = whitened_topk(keys, queries, 4)
     finally:
         torch.set_flush_denormal(False)
-    for result in results:
-        assert_is_top(result, scores, bound)
+    assert_is_top(result, scores, bound)
 
 
-def test_margins_hold_when_torch_flushes_subnormals() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_margins_hold_when_torch_flushes_subnormals(level: str, dtype: torch.dtype) -> None:
     """Margins and starting thresholds are products of tiny norms: flushed to zero they would let the right hits go."""
-    for seed in range(60):
+    if level == "reference":
+        pytest.skip("torch's own products follow its setting")
+    for seed in range(20):
         keys, queries = (1e-22 * part for part in random_block(400, 5, 300, seed=seed))
+        keys = keys.to(dtype)
         wanted = whitened_topk(keys, queries, 10, precision="fp64")
         assert torch.set_flush_denormal(True)
         try:
@@ -408,7 +495,7 @@ STARTS = torch.tensor([0])
         ({"keys": KEYS[:3].T}, r"columns of keys must be contiguous, got stride 3; call .contiguous\(\)"),
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"first_id": -1}, "first_id must be at least 0, got -1"),
-        ({"precision": "bf16"}, "precision must be one of auto, fp32, fp64, got 'bf16'"),
+        ({"precision": "tf32"}, "precision must be one of auto, fp64, fp32, bf16, bf16x2, got 'tf32'"),
         ({"nonfinite": "skip"}, "nonfinite must be one of raise, exclude, got 'skip'"),
         ({"delta": 0.0}, "delta must lie between 0 and 1, got 0.0"),
         ({"state": TopK.empty(2, 3)}, "the state keeps k=3 hits, asked for k=2"),
@@ -444,7 +531,10 @@ def test_arguments_that_do_not_fit(level: str, changed: dict[str, Any], message:
         (lambda: PairExclusion(torch.tensor([0, 1, 0, 1]), STARTS), "not descending"),
         (lambda: TopK.empty(2, 0), "needs k >= 1"),
         (lambda: TopK.empty(2, 1).merge(TopK.empty(2, 2)), r"differ, \(2, 1\) and \(2, 2\)"),
-        (lambda: TopK.from_tensors({"ids": STARTS}), "needs the tensors counts, dropped_queries, exact_scores, ids"),
+        (
+            lambda: TopK.from_tensors({"ids": STARTS}),
+            "needs the tensors counts, dropped_queries, exact_scores, ids, pass_counts",
+        ),
         (lambda: TopK.from_tensors(TopK.empty(2, 1).to_tensors() | {"ids": STARTS}), "the tensors do not fit together"),
     ],
 )
@@ -478,5 +568,5 @@ def test_profile_counts_the_work(level: str) -> None:
     (call,) = calls
     assert (call.op, call.flops) == ("whitened_topk", 2 * 10 * 4 * 6)
     assert call.bytes == 10 * 6 * 2 + 4 * 6 * 4 + 2 * 4 * 3 * 16
-    assert call.backend == {"reference": "reference", "portable": "native-portable"}.get(level, "native-avx2")
+    assert call.backend == ("reference" if level == "reference" else f"native-{level}")
     assert call.elapsed > 0

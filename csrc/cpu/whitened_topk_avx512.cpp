@@ -1,0 +1,105 @@
+// AVX-512 body of whitened_topk's float32 products and of its selection; rows are widened and scored again by AVX2's.
+//
+// Register tile of 6 keys × 4 panels of 16 queries: 24 accumulators, 4 loads of queries and 1 broadcast of 32
+// registers; per k-step 24 FMA stand against 10 loads. Three panels where the number of panels does not divide by four:
+// 18 sums still cover the latency of both FMA ports. Internal linkage only, no standard library: see core/dispatch.h.
+#include <immintrin.h>
+
+#include "cpu/whitened_topk.h"
+
+namespace rep_fast::avx512 {
+namespace {
+
+static_assert(kPanelQueries == 16 && kTileKeys == 6, "the register tile is written for 6 keys and vectors of 16");
+
+// scores[6, 16·kPanels] (+)= keys[6, depth] · panels[depth, ·].
+template <int kPanels>
+void multiply_tile(const float* keys, const float* panels, std::int64_t panel_stride, std::int64_t depth, float* scores,
+                   std::int64_t score_stride, bool first) {
+    __m512 sums[kTileKeys][kPanels];
+    for (auto& row : sums) {
+        for (__m512& sum : row) {
+            sum = _mm512_setzero_ps();
+        }
+    }
+    for (std::int64_t j = 0; j < depth; ++j) {
+        __m512 queries[kPanels];
+#pragma GCC unroll 4
+        for (int panel = 0; panel < kPanels; ++panel) {
+            queries[panel] = _mm512_loadu_ps(panels + panel * panel_stride + j * kPanelQueries);
+        }
+#pragma GCC unroll 6
+        for (std::int64_t row = 0; row < kTileKeys; ++row) {
+            const __m512 key = _mm512_set1_ps(keys[row * kWidenedStride + j]);
+#pragma GCC unroll 4
+            for (int panel = 0; panel < kPanels; ++panel) {
+                sums[row][panel] = _mm512_fmadd_ps(key, queries[panel], sums[row][panel]);
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (std::int64_t row = 0; row < kTileKeys; ++row) {
+#pragma GCC unroll 4
+        for (int panel = 0; panel < kPanels; ++panel) {
+            float* const out = scores + row * score_stride + panel * kPanelQueries;
+            const __m512 sum = sums[row][panel];
+            _mm512_storeu_ps(out, first ? sum : _mm512_add_ps(_mm512_loadu_ps(out), sum));
+        }
+    }
+}
+
+template <int kPanels>
+void multiply_group(const float* keys, std::int64_t n_tiles, const float* panels, std::int64_t panel_stride,
+                    std::int64_t depth, float* scores, std::int64_t score_stride, bool first) {
+    for (std::int64_t tile = 0; tile < n_tiles; ++tile) {
+        multiply_tile<kPanels>(keys + tile * kTileKeys * kWidenedStride, panels, panel_stride, depth,
+                               scores + tile * kTileKeys * score_stride, score_stride, first);
+    }
+}
+
+void multiply(const float* keys, std::int64_t n_tiles, const float* panels, std::int64_t n_panels,
+              std::int64_t panel_stride, std::int64_t depth, float* scores, std::int64_t score_stride, bool first) {
+    for (std::int64_t panel = 0; panel < n_panels;) {
+        const float* const from = panels + panel * panel_stride;
+        float* const to = scores + panel * kPanelQueries;
+        switch (panels_at_once(n_panels - panel)) {
+            case 4:
+                multiply_group<4>(keys, n_tiles, from, panel_stride, depth, to, score_stride, first);
+                panel += 4;
+                break;
+            case 3:
+                multiply_group<3>(keys, n_tiles, from, panel_stride, depth, to, score_stride, first);
+                panel += 3;
+                break;
+            case 2:
+                multiply_group<2>(keys, n_tiles, from, panel_stride, depth, to, score_stride, first);
+                panel += 2;
+                break;
+            default:
+                multiply_group<1>(keys, n_tiles, from, panel_stride, depth, to, score_stride, first);
+                panel += 1;
+        }
+    }
+}
+
+std::int64_t select(const float* scores, const float* margins, const float* thresholds, float key_norm, float underflow,
+                    std::int64_t n, std::int32_t* survivors) {
+    const __m512 norm = _mm512_set1_ps(key_norm);
+    const __m512 rest = _mm512_set1_ps(underflow);
+    std::int64_t count = 0;
+    for (std::int64_t q = 0; q < n; q += 16) {
+        const __m512 margin = _mm512_add_ps(_mm512_mul_ps(norm, _mm512_loadu_ps(margins + q)), rest);
+        const __m512 bound = _mm512_add_ps(_mm512_loadu_ps(scores + q), margin);
+        unsigned alive = _mm512_cmp_ps_mask(bound, _mm512_loadu_ps(thresholds + q), _CMP_NLT_UQ);
+        for (; alive != 0; alive &= alive - 1) {
+            survivors[count++] = static_cast<std::int32_t>(q) + __builtin_ctz(alive);
+        }
+    }
+    return count;
+}
+
+}  // namespace
+
+constinit const Float32Products kFloat32Products = {.multiply = multiply, .select = select};
+
+}  // namespace rep_fast::avx512
