@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rep_fast import __version__
+from rep_fast.cli.bench import bench
 from rep_fast.cli.demo import demo
 from rep_fast.cli.doctor import doctor
 from rep_fast.cli.edit import edit
@@ -36,7 +37,7 @@ def _top(
         raise typer.Exit
 
 
-for _command in (demo, edit, evaluate, scan, trace, moments, doctor):
+for _command in (demo, edit, evaluate, scan, trace, moments, bench, doctor):
     app.command(_command.__name__)(_command)
 factworld_app.command("train")(train)
 app.add_typer(factworld_app, name="factworld")

@@ -1,0 +1,134 @@
+"""The collision scan beside what one would write without it: product and top-k in torch, NumPy, faiss."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rep_fast.bench.cases import SCAN_CASES, ScanCase
+from rep_fast.bench.interleaved import Provider
+from rep_fast.ops import LastTokenExclusion, native, whitened_topk
+
+CASES = SCAN_CASES
+_SEQUENCE = 256  # tokens per document
+_VOCABULARY = 32000
+_CHUNK = 2048  # keys a peer multiplies at once: its scores stay in the cache
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """keys [N, M] bfloat16, queries [S, M] float32, the exclusion rule, and the exact answer ids [S, k]."""
+
+    case: ScanCase
+    keys: Tensor
+    queries: Tensor
+    exclusion: LastTokenExclusion
+    answer: Tensor
+
+    @classmethod
+    def draw(cls, case: ScanCase, *, seed: int) -> Inputs:
+        """Standard normal numbers, fresh for each seed; token ids spread over a vocabulary."""
+        generator = torch.Generator().manual_seed(seed)
+        keys = torch.randn(case.n_keys, case.key_dim, generator=generator).bfloat16()
+        queries = torch.randn(case.n_queries, case.key_dim, generator=generator)
+        exclusion = LastTokenExclusion(
+            torch.randint(_VOCABULARY, (case.n_keys,), generator=generator),
+            torch.arange(0, case.n_keys, _SEQUENCE),
+            torch.randint(_VOCABULARY, (case.n_queries,), generator=generator),
+        )
+        answer = whitened_topk(keys, queries, case.k, exclusion=exclusion, precision="fp64").ids
+        return cls(case, keys, queries, exclusion, answer)
+
+    def is_exact(self, ids: Tensor) -> bool:
+        """Whether the ids are those of the float64 scan, in order."""
+        return torch.equal(ids, self.answer)
+
+
+def providers(inputs: Inputs) -> list[Provider]:
+    """Ours at every level of the machine and every pass it has, then the peers that are installed.
+
+    Peers mask nothing: the exclusion that ours applies costs them a matrix of the scores' size more.
+    """
+    return [*_ours(inputs), *_peers(inputs)]
+
+
+def _ours(inputs: Inputs) -> list[Provider]:
+    module = native.find().module
+    if module is None:
+        return []
+    found = []
+    for level in range(module.machine_level() + 1):
+        name = module.level_name(level)
+        passes = ["fp32"] if name != "avx512_bf16" else ["bf16", "auto"]
+        for precision in passes:
+            dtype = "fp32" if precision == "fp32" else "bf16"
+            found.append(Provider(f"rep_fast {name} {precision}", dtype, _scan(inputs, precision), True, name))
+    return found[1:] if len(found) > 1 else found  # the portable body only where there is nothing else
+
+
+def _scan(inputs: Inputs, precision: str) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        return whitened_topk(
+            inputs.keys, inputs.queries, inputs.case.k, exclusion=inputs.exclusion, precision=precision
+        ).ids
+
+    return run
+
+
+def _peers(inputs: Inputs) -> list[Provider]:
+    found = [
+        Provider("torch bfloat16 matmul + topk", "bf16", partial(_torch_scan, inputs, torch.bfloat16)),
+        Provider("torch float32 matmul + topk", "fp32", partial(_torch_scan, inputs, torch.float32)),
+        Provider("numpy float32 matmul + argpartition", "fp32", partial(_numpy_scan, inputs)),
+    ]
+    if importlib.util.find_spec("faiss") is not None:
+        found.append(Provider("faiss IndexFlatIP", "fp32", _faiss_scan(inputs)))
+    return found
+
+
+def _torch_scan(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """Block by block, keeping the best k of each block with those before."""
+    queries, k = inputs.queries.to(dtype).T.contiguous(), inputs.case.k
+    best = torch.full((k, inputs.case.n_queries), -torch.inf)
+    ids = torch.full((k, inputs.case.n_queries), -1)
+    for begin in range(0, inputs.case.n_keys, _CHUNK):
+        scores = inputs.keys[begin : begin + _CHUNK].to(dtype) @ queries
+        top = scores.topk(min(k, len(scores)), dim=0)
+        both = torch.cat([best, top.values.float()]).topk(k, dim=0)
+        ids = torch.cat([ids, top.indices + begin]).gather(0, both.indices)
+        best = both.values
+    return ids.T.contiguous()
+
+
+def _numpy_scan(inputs: Inputs) -> Tensor:
+    queries, k = inputs.queries.numpy(), inputs.case.k
+    best = np.full((inputs.case.n_queries, k), -np.inf, dtype=np.float32)
+    ids = np.full((inputs.case.n_queries, k), -1)
+    for begin in range(0, inputs.case.n_keys, _CHUNK):
+        scores = queries @ inputs.keys[begin : begin + _CHUNK].float().numpy().T
+        together = np.concatenate([best, scores], axis=1)
+        chosen = np.argpartition(-together, k, axis=1)[:, :k]
+        best = np.take_along_axis(together, chosen, axis=1)
+        here = np.concatenate([ids, np.broadcast_to(np.arange(begin, begin + scores.shape[1]), scores.shape)], axis=1)
+        ids = np.take_along_axis(here, chosen, axis=1)
+    return torch.from_numpy(np.take_along_axis(ids, np.argsort(-best, axis=1, kind="stable"), axis=1))
+
+
+def _faiss_scan(inputs: Inputs) -> Callable[[], Any]:
+    """As installed, with its threads set to torch's; converting the keys is part of the work."""
+    import faiss
+
+    def run() -> Tensor:
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        index = faiss.IndexFlatIP(inputs.case.key_dim)
+        index.add(inputs.keys.float().numpy())
+        return torch.from_numpy(index.search(inputs.queries.numpy(), inputs.case.k)[1])
+
+    return run

@@ -1,0 +1,43 @@
+"""`rep-fast bench`: what it prints, keeps and refuses; small cases, no time is tested."""
+
+from __future__ import annotations
+
+import pytest
+
+from rep_fast.bench import ScanCase, whitened_topk
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(whitened_topk, "CASES", (ScanCase("small", 200, 5, 32), ScanCase("other", 100, 3, 16)))
+
+
+def test_ceilings_are_the_default(rep_fast):
+    done = rep_fast("bench", "--json")
+    assert done.code == 0, done.err
+    levels = [found["level"] for found in done.json["ceilings"]]
+    assert levels[0] == "portable"
+    assert "Gop/s" in rep_fast("bench").out
+
+
+def test_rows_beside_the_peers(rep_fast, tmp_path):
+    out = tmp_path / "rows.csv"
+    done = rep_fast("bench", "whitened_topk", "--cases", "small", "--rounds", "1", "--csv", out, "--json")
+    assert done.code == 0, done.err
+    rows = done.json["rows"]
+    assert {row["case"] for row in rows} == {"small"}
+    assert {"op", "case", "provider", "dtype", "threads", "median_s", "gops", "share_of_ceiling"} < set(rows[0])
+    assert all(row["exact"] for row in rows if row["provider"].startswith("rep_fast"))
+    assert out.read_text().startswith("op,case,provider,dtype,threads,median_s,")
+    shown = rep_fast("bench", "whitened_topk", "--rounds", "1").out
+    assert "small" in shown
+    assert "other" in shown
+
+
+def test_unknown_names_are_refused(rep_fast):
+    done = rep_fast("bench", "whitened_topk", "--cases", "small,huge")
+    assert (done.code, done.err) == (
+        1,
+        "error: case 'huge' of whitened_topk is unknown; choose from small, other\n",
+    )
+    assert rep_fast("bench", "whitened").code == 2
