@@ -45,9 +45,9 @@ float round_up(double value) {
 }
 
 double accumulation_error(ScanPass pass, std::int64_t key_dim) {
-    // longest chain: a k-block and the sums of blocks; 4 more for a separate product, the margin's own rounding,
-    // its addition to the score, and the float64 score
-    const std::int64_t longest = n_products(pass, std::min(kBlockDepth, key_dim)) + n_k_blocks(key_dim) + 4;
+    // longest chain: a k-block and the sums of blocks, which some bodies multiply in halves; 4 more for a separate
+    // product, the margin's own rounding, its addition to the score, and the float64 score
+    const std::int64_t longest = n_products(pass, std::min(kBlockDepth, key_dim)) + 2 * n_k_blocks(key_dim) + 4;
     const double chain = static_cast<double>(longest) * 0x1p-24;
     return chain / (1.0 - chain);
 }
@@ -75,7 +75,7 @@ PackedQueries::PackedQueries(MatrixView<const float> queries, ScanPass pass, int
     for (const double norm : norms_) {
         largest_norm_ = std::isfinite(norm) ? std::max(largest_norm_, norm) : largest_norm_;
     }
-    const auto operations = static_cast<double>(2 * n_products(pass, queries.cols) + 2 * n_k_blocks(queries.cols) + 4);
+    const auto operations = static_cast<double>(2 * n_products(pass, queries.cols) + 4 * n_k_blocks(queries.cols) + 4);
     // Σ|ŵ_j| of high and low is below 2.1·√M·‖w‖; the keys' sum is in the margins
     const double flushed = 2.1 * std::sqrt(static_cast<double>(queries.cols)) * largest_norm_;
     underflow_ =

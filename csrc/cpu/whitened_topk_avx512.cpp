@@ -57,8 +57,9 @@ void multiply_group(const float* keys, std::int64_t n_tiles, const float* panels
     }
 }
 
-void multiply(const float* keys, std::int64_t n_tiles, const float* panels, std::int64_t n_panels,
-              std::int64_t panel_stride, std::int64_t depth, float* scores, std::int64_t score_stride, bool first) {
+void multiply_half(const float* keys, std::int64_t n_tiles, const float* panels, std::int64_t n_panels,
+                   std::int64_t panel_stride, std::int64_t depth, float* scores, std::int64_t score_stride,
+                   bool first) {
     for (std::int64_t panel = 0; panel < n_panels;) {
         const float* const from = panels + panel * panel_stride;
         float* const to = scores + panel * kPanelQueries;
@@ -79,6 +80,17 @@ void multiply(const float* keys, std::int64_t n_tiles, const float* panels, std:
                 multiply_group<1>(keys, n_tiles, from, panel_stride, depth, to, score_stride, first);
                 panel += 1;
         }
+    }
+}
+
+// Half a k-block at a time: four panels of it, 32 KiB, stay in L1 while the keys pass.
+void multiply(const float* keys, std::int64_t n_tiles, const float* panels, std::int64_t n_panels,
+              std::int64_t panel_stride, std::int64_t depth, float* scores, std::int64_t score_stride, bool first) {
+    constexpr std::int64_t kHalf = kBlockDepth / 2;
+    for (std::int64_t begin = 0; begin < depth; begin += kHalf) {
+        const std::int64_t n = depth - begin < kHalf ? depth - begin : kHalf;
+        multiply_half(keys + begin, n_tiles, panels + begin * kPanelQueries, n_panels, panel_stride, n, scores,
+                      score_stride, first && begin == 0);
     }
 }
 
