@@ -35,8 +35,8 @@ const DispatchTable<WhitenedTopkKernels>& whitened_topk_table() {
 
 namespace {
 
-constexpr std::int64_t kBlockKeys = 16 * kTileKeys;  // widened: 102 KiB, stays in L2 while the panels pass
-constexpr std::int64_t kChunkQueries = 512;          // with kBlockKeys: 192 KiB of partial sums in L2
+constexpr std::int64_t kBlockKeys = 32 * kTileKeys;  // widened: 209 KiB, stays in L2 while the panels pass
+constexpr std::int64_t kChunkQueries = 512;          // with kBlockKeys: 384 KiB of partial sums in L2
 
 const KeyKernels<float>& kernels_for(const WhitenedTopkKernels& kernels, const float*) {
     return kernels.f32;

@@ -68,9 +68,15 @@ def _ours(inputs: Inputs) -> list[Provider]:
         name = module.level_name(level)
         passes = ["fp32"] if name != "avx512_bf16" else ["bf16", "auto"]
         for precision in passes:
-            dtype = "fp32" if precision == "fp32" else "bf16"
+            dtype = _chosen_pass(inputs) if precision == "auto" else precision
             found.append(Provider(f"rep_fast {name} {precision}", dtype, _scan(inputs, precision), True, name))
     return found[1:] if len(found) > 1 else found  # the portable body only where there is nothing else
+
+
+def _chosen_pass(inputs: Inputs) -> str:
+    """Whose ceiling "auto" is to be compared with: the choice on a few keys."""
+    few = whitened_topk(inputs.keys[:64], inputs.queries, 1)
+    return "bf16" if any(few.pass_counts[2:]) else "fp32"
 
 
 def _scan(inputs: Inputs, precision: str) -> Callable[[], Tensor]:
