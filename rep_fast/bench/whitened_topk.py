@@ -64,8 +64,7 @@ def _ours(inputs: Inputs) -> list[Provider]:
     if module is None:
         return []
     found = []
-    for level in range(module.machine_level() + 1):
-        name = module.level_name(level)
+    for name in native.levels(module):
         passes = ["fp32"] if name != "avx512_bf16" else ["bf16", "auto"]
         for precision in passes:
             dtype = _chosen_pass(inputs) if precision == "auto" else precision

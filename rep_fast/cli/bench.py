@@ -11,6 +11,7 @@ from rich.table import Table
 
 from rep_fast.cli.options import DebugOption, JsonOption, names
 from rep_fast.cli.screen import Screen, opened
+from rep_fast.cli.writable import check_file
 
 if TYPE_CHECKING:
     from rep_fast.bench import Ceilings, Row
@@ -30,9 +31,14 @@ def bench(
 ) -> None:
     """Measure kernels beside their peers, run in turn in one process, as shares of what this machine can do."""
     if what not in _WHAT:
-        raise typer.BadParameter(f"{what!r} is unknown; choose from {', '.join(_WHAT)}")
+        raise typer.BadParameter(f"{what!r} is unknown; choose from {', '.join(_WHAT)}", param_hint="WHAT")
+    if what == "ceilings" and (cases is not None or csv is not None):
+        raise typer.BadParameter("--cases and --csv go with an op, not with ceilings", param_hint="WHAT")
     with opened(as_json=as_json, debug=debug) as screen:
         import torch
+
+        if csv is not None:
+            check_file(csv, "--csv")
 
         from rep_fast.bench import Ceilings
 
@@ -78,7 +84,7 @@ def _levels() -> list[str]:
 
     module = native.find().module
     # without a native module Ceilings.measure says what to do
-    return [""] if module is None else [module.level_name(row) for row in range(module.machine_level() + 1)]
+    return [""] if module is None else native.levels(module)
 
 
 def _write(path: Path, rows: list[Row], ceilings: Ceilings) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from rep_fast.evaluation.metrics import PROTOCOL_OF, measure
@@ -95,7 +96,7 @@ class Summary:
 
     def table(self, *, metrics: Sequence[str] | None = MAIN_METRICS) -> Table:
         """A rich table, metrics as rows and columns as columns; `metrics=None` shows all of them."""
-        table = Table("metric", "protocol", *(str(column) for column in self.columns))
+        table = Table("metric", "protocol", *(escape(str(column)) for column in self.columns))
         # one seed has no spread to show
         spread = any(cell.std > 0 for cells in self.cells.values() for cell in cells.values())
         for name in self.metrics if metrics is None else [m for m in metrics if m in self.metrics]:

@@ -39,6 +39,15 @@ def level(module: ModuleType) -> int:
         raise BackendError(f"REP_FAST_ISA: {error}") from None
 
 
+def levels(module: ModuleType) -> list[str]:
+    """Names of the instruction sets from the lowest to the one in use.
+
+    Raises:
+        BackendError: `REP_FAST_ISA` names no instruction set.
+    """
+    return [module.level_name(row) for row in range(level(module) + 1)]
+
+
 def n_threads() -> int:
     """Threads a CPU kernel may use: torch's setting."""
     return torch.get_num_threads()

@@ -41,3 +41,28 @@ def test_unknown_names_are_refused(rep_fast):
         "error: case 'huge' of whitened_topk is unknown; choose from small, other\n",
     )
     assert rep_fast("bench", "whitened").code == 2
+
+
+def test_options_that_say_nothing_about_ceilings_are_refused(rep_fast, tmp_path):
+    assert rep_fast("bench", "ceilings", "--csv", tmp_path / "rows.csv").code == 2
+    assert rep_fast("bench", "--cases", "small").code == 2
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(rep_fast, tmp_path, monkeypatch):
+    monkeypatch.setattr(whitened_topk.Inputs, "draw", lambda *_, **__: pytest.fail("it was measured"))
+    done = rep_fast("bench", "whitened_topk", "--csv", tmp_path)
+    assert done.code == 1
+    assert "cannot write to" in done.err
+    assert "choose another --csv" in done.err
+
+
+def test_the_instruction_set_is_capped_as_everywhere(rep_fast, monkeypatch):
+    monkeypatch.setenv("REP_FAST_ISA", "portable")
+    done = rep_fast("bench", "whitened_topk", "--cases", "small", "--rounds", "1", "--json")
+    assert [found["level"] for found in done.json["ceilings"]] == ["portable"]
+    ours = [row["provider"] for row in done.json["rows"] if row["provider"].startswith("rep_fast")]
+    assert ours == ["rep_fast portable fp32"]
+    monkeypatch.setenv("REP_FAST_ISA", "mmx")
+    refused = rep_fast("bench")
+    assert refused.code == 1
+    assert "REP_FAST_ISA: instruction set 'mmx' is unknown" in refused.err

@@ -58,6 +58,13 @@ def test_csv_has_a_line_per_number(summary):
     assert float(own["mean"]) == summary["rome"]["rephrase_ood"].mean
 
 
+def test_a_column_named_by_its_objective_keeps_its_brackets():
+    record = CaseRecord(0, 1, "rome+rep[paper]", failure="not edited")
+    console = Console(width=200, file=io.StringIO())
+    console.print(Summary.of([record]).table())
+    assert "rome+rep[paper]" in console.file.getvalue()
+
+
 def test_table_shows_protocol_numbers_and_failures(summary):
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(summary.table())
