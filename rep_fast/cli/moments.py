@@ -20,6 +20,7 @@ from rep_fast.cli.options import (
 )
 from rep_fast.cli.screen import opened
 from rep_fast.cli.writable import check_file
+from rep_fast.errors import SingularMomentError
 
 
 def moments(
@@ -61,9 +62,10 @@ def moments(
             progress=lambda done, total: screen.progress("second moments", done, total),
         )
         watch.lap("collect")
+        rows = [_row(found, layer) for layer in found.layers]
+        _check_enough(rows)
         if out is not None:
             found.save(out)
-        rows = [_row(found, layer) for layer in found.layers]
         table = Table(
             "layer", "tokens", "key width M", "tr(C)/M", "tokens/M", title=f"Second moments over {found.corpus}"
         )
@@ -76,11 +78,6 @@ def moments(
                 f"{row['mean_square']:.4g}",
                 f"{enough:.1f}",
             )
-            if enough < 1:
-                screen.warn(
-                    f"layer {row['layer']}: fewer tokens than M = {row['key_width']}, C is singular; "
-                    "give a longer --text or more --tokens"
-                )
         screen.show(table)
         screen.show(f"saved to {out}" if out else "kept in the cache; edits of this model with this text will use them")
         screen.answer(
@@ -94,6 +91,16 @@ def moments(
                 "timing": watch.as_json(),
             }
         )
+
+
+def _check_enough(rows: list[dict[str, Any]]) -> None:
+    """No edit can use a singular second moment, so none is saved or announced."""
+    for row in rows:
+        if row["tokens"] < row["key_width"]:
+            raise SingularMomentError(
+                f"layer {row['layer']}: {row['tokens']} tokens are fewer than M = {row['key_width']}, so the second "
+                "moment is singular; give a longer --text or more --tokens"
+            )
 
 
 def _row(found: Any, layer: int) -> dict[str, Any]:

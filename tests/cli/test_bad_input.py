@@ -149,6 +149,11 @@ def test_a_corpus_shorter_than_the_key_width(rep_fast, tiny_model, fact, setting
     short = tmp_path / "short.txt"
     short.write_text("Europe is a continent.")
     refused(rep_fast("edit", "--model", tiny_model, *fact, "--text", short, *settings), "singular", "--tokens")
+    kept = tmp_path / "kept.safetensors"
+    kept.write_text("an earlier result")
+    few = rep_fast("moments", "--model", tiny_model, "--text", short, "--layers", "1", "--out", kept)
+    refused(few, "fewer than M", "--tokens")
+    assert kept.read_text() == "an earlier result"
 
 
 def test_no_text_for_a_model_without_its_own(rep_fast, tiny_model, fact, settings):
