@@ -95,7 +95,7 @@ def test_one_call_form_takes_the_moments_it_is_given(tiny_llama: EditableLM, tin
     eye = torch.eye(width, dtype=torch.float64)
     moments = SecondMoments.from_matrices({1: eye}, {1: 999}, corpus="none", fingerprint=tiny_llama.fingerprint)
     edit = rep_fast.edit(tiny_llama, [FACT], moments=moments, layer=1, v_steps=2, early_stop=None)
-    torch.testing.assert_close(edit.tensors["direction"].norm() > 0, torch.tensor(True))
+    torch.testing.assert_close(edit.modules[0].vectors["direction"].norm() > 0, torch.tensor(True))
     with pytest.raises(FingerprintError):
         rep_fast.edit(tiny_gpt2, [FACT], moments=moments, layer=1)
     with pytest.raises(HparamError, match="one fact at a time, got 0"):

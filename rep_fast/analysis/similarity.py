@@ -40,7 +40,7 @@ def form_similarities(
         if not pairs:
             continue
         keys = LocatedTexts.of(bench.lm, pairs).subject_keys(bench.lm, module.layer)
-        response = edit.tensors["response"].to(keys)
+        response = module.vectors["response"].to(keys)
         moved = keys
         for adapter in module.adapters:
             moved = adapter(moved)

@@ -103,8 +103,8 @@ def rome(
         moments: second moments of this model with `hparams.layer`; None only with mom2_adjustment=False.
         templates: `context_templates` of the model, the bare one first.
     Returns:
-        Edit with a rank-one delta. `tensors`: k_star [M] (the key the update was written for), direction u [M]
-        (C⁻¹k̄), response u/denominator [M] (ρ(k) = kᵀresponse), v_star, v_0 [D].
+        Edit with a rank-one delta. The module's `vectors`: k_star [M] (the key the update was written for), direction
+        u [M] (C⁻¹k̄), response u/denominator [M] (ρ(k) = kᵀresponse). `tensors`: v_star, v_0 [D].
     Raises:
         HparamError: not exactly one fact. LayerError: no such layer. FingerprintError: moments of another model.
         NothingToEditError, PromptError, SingularMomentError: see `optimise_value`, `Fact`, `SpdSolver`.
@@ -162,12 +162,10 @@ def _as_edit(
 ) -> Edit:  # fmt: skip
     dtype = found.v_star.dtype
     delta = update.delta()
-    tensors = {
+    vectors = {
         "k_star": update.key.to(dtype),
         "direction": update.direction.to(dtype),
         "response": (update.direction / update.denominator).to(dtype),
-        "v_star": found.v_star,
-        "v_0": found.v_0,
     }
     notes: dict[str, Any] = {
         "templates": list(templates),
@@ -180,8 +178,8 @@ def _as_edit(
         method=method,
         hparams=flat_mapping(hparams),
         fingerprint=lm.fingerprint,
-        modules=(ModuleEdit(hparams.layer, LowRank(delta.left.to(dtype), delta.right.to(dtype))),),
+        modules=(ModuleEdit(hparams.layer, LowRank(delta.left.to(dtype), delta.right.to(dtype)), vectors=vectors),),
         notes=notes,
-        tensors=tensors,
+        tensors={"v_star": found.v_star, "v_0": found.v_0},
         model_name=lm.name,
     )

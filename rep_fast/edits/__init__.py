@@ -1,10 +1,13 @@
-"""Edits as things: low-rank deltas, key adapters, applying, stacking, undoing, storing."""
+"""Edits as things: deltas of several kinds, key adapters, applying, stacking, undoing, storing."""
 
 from __future__ import annotations
 
 from rep_fast.edits.applying import AppliedEdit
-from rep_fast.edits.delta import LowRank
+from rep_fast.edits.delta import Delta
+from rep_fast.edits.dense import Dense
 from rep_fast.edits.edit import Edit, ModuleEdit
 from rep_fast.edits.key_adapter import KeyAdapter
+from rep_fast.edits.low_rank import LowRank
+from rep_fast.edits.slices import Slices
 
-__all__ = ["AppliedEdit", "Edit", "KeyAdapter", "LowRank", "ModuleEdit"]
+__all__ = ["AppliedEdit", "Delta", "Dense", "Edit", "KeyAdapter", "LowRank", "ModuleEdit", "Slices"]

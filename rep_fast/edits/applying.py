@@ -4,7 +4,7 @@ The ledger is `lm.active_edits`: the handles of all active edits in the order th
 modules it touches are rebuilt from the ledger and the clean weight, so what a module holds depends on the active edits
 alone and not on what was applied and undone before.
 
-hook: W k̂ + b + Δ k̂ with the low-rank term in float32 (float64 for float64 models), whatever the weight's dtype.
+hook: W k̂ + b + Δ k̂ with the delta's term in float32 (float64 for float64 models), whatever the weight's dtype.
 merge: Δ is added into the weight; a clean copy is kept while any merged edit is active. Adapters always run by hook.
 """
 
@@ -17,24 +17,31 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rep_fast.edits.delta import LowRank
+from rep_fast.edits.delta import Delta
 from rep_fast.edits.key_adapter import KeyAdapter, adapted
+from rep_fast.edits.low_rank import LowRank
 from rep_fast.errors import FingerprintError, HparamError, LayerError
+from rep_fast.ops.gated_adapter import COMPOSITIONS
 
 if TYPE_CHECKING:
     from rep_fast.edits.edit import Edit, ModuleEdit
     from rep_fast.models import EditableLM
 
 Mode = Literal["hook", "merge"]
+Compose = Literal["chain", "argmax", "sum"]
+Place = tuple[int, str]  # layer, name of the linear module
 MODES = ("hook", "merge")
 
 
 class AppliedEdit:
     """An edit that is active in a model; `undo()` or leaving the `with` block takes it out."""
 
-    def __init__(self, lm: EditableLM, edit: Edit, mode: Mode, modules: dict[int, PatchedModule]) -> None:
+    def __init__(
+        self, lm: EditableLM, edit: Edit, mode: Mode, compose: Compose, modules: dict[Place, PatchedModule]
+    ) -> None:
         self.edit = edit
         self.mode = mode
+        self.compose = compose
         self._lm = lm
         self._modules = modules  # shared by all handles of this model; gone with the last of them
 
@@ -47,7 +54,7 @@ class AppliedEdit:
         if not self.is_active:
             return
         self._lm.active_edits[:] = [handle for handle in self._lm.active_edits if handle is not self]
-        _rebuild(self._lm, self._modules, [module.layer for module in self.edit.modules])
+        _rebuild(self._lm, self._modules, [module.place for module in self.edit.modules])
 
     def __enter__(self) -> AppliedEdit:
         return self
@@ -58,22 +65,23 @@ class AppliedEdit:
         self.undo()
 
 
-def apply_edit(lm: EditableLM, edit: Edit, mode: Mode) -> AppliedEdit:
+def apply_edit(lm: EditableLM, edit: Edit, mode: Mode, *, compose: Compose = "chain") -> AppliedEdit:
     """Make `edit` active on top of those that are.
 
     Raises:
-        HparamError: unknown mode.
+        HparamError: unknown mode or composition, or another composition than that of an active edit.
         FingerprintError: the edit was made for another model.
         LayerError: a module of the edit does not fit the model, or its weight cannot be merged into.
     """
     if mode not in MODES:
         raise HparamError(f"mode {mode!r} is unknown; use 'hook' or 'merge'")
     check_fits(lm, edit)
-    modules: dict[int, PatchedModule] = lm.active_edits[0]._modules if lm.active_edits else {}
-    handle = AppliedEdit(lm, edit, mode, modules)
+    _check_compose(lm, edit, compose)
+    modules: dict[Place, PatchedModule] = lm.active_edits[0]._modules if lm.active_edits else {}
+    handle = AppliedEdit(lm, edit, mode, compose, modules)
     lm.active_edits.append(handle)
     try:
-        _rebuild(lm, modules, [module.layer for module in edit.modules])
+        _rebuild(lm, modules, [module.place for module in edit.modules])
     except BaseException:
         handle.undo()
         raise
@@ -93,7 +101,7 @@ def check_fits(lm: EditableLM, edit: Edit) -> None:
         )
     for module in edit.modules:
         lm.check_layer(module.layer)
-        shape = (lm.hidden_size, lm.key_width(module.layer))
+        shape = lm.linear_shape(*module.place)
         if module.delta is not None and module.delta.shape != shape:
             raise LayerError(f"the delta of layer {module.layer} is {module.delta.shape}, the weight there is {shape}")
         for adapter in module.adapters:
@@ -101,50 +109,67 @@ def check_fits(lm: EditableLM, edit: Edit) -> None:
                 raise LayerError(f"an adapter of layer {module.layer} takes keys of {adapter.width}, not {shape[1]}")
 
 
-class PatchedModule:
-    """One down-projection with everything the active edits put around and into it."""
+def _check_compose(lm: EditableLM, edit: Edit, compose: Compose) -> None:
+    if compose not in COMPOSITIONS:
+        raise HparamError(f"composition {compose!r} is unknown; use one of {', '.join(COMPOSITIONS)}")
+    with_adapters = [handle for handle in lm.active_edits if any(module.adapters for module in handle.edit.modules)]
+    for handle in with_adapters if any(module.adapters for module in edit.modules) else ():
+        if handle.compose != compose:
+            raise HparamError(
+                f"the active edits compose their adapters by {handle.compose!r}; apply this one with the same, not "
+                f"{compose!r}, or undo them first"
+            )
 
-    def __init__(self, lm: EditableLM, layer: int) -> None:
-        self._module: nn.Module = lm.down_proj(layer)
+
+class PatchedModule:
+    """One linear module with everything the active edits put around and into it."""
+
+    def __init__(self, lm: EditableLM, place: Place) -> None:
+        self._module: nn.Module = lm.linear(*place)
         stored = next(self._module.parameters())
         self._device = stored.device
         self._dtype = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        self._weight_view: Callable[[], Tensor] = lambda: lm.down_weight(layer)
+        self._weight_view: Callable[[], Tensor] = lambda: lm.linear_weight(*place)
         self._clean: Tensor | None = None
         self._adapters: list[KeyAdapter] = []
-        self._delta: LowRank | None = None
+        self._compose: Compose = "chain"
+        self._deltas: list[Delta] = []
         self._before: Any = None
         self._after: Any = None
 
-    def hold(self, adapters: Sequence[KeyAdapter], added: Sequence[LowRank], merged: Sequence[LowRank]) -> None:
+    def hold(
+        self, adapters: Sequence[KeyAdapter], compose: Compose, added: Sequence[Delta], merged: Sequence[Delta]
+    ) -> None:
         """Carry exactly these adapters, deltas by hook, and deltas in the weight; with none of them, be untouched."""
         device, dtype = self._device, self._dtype
         self._merge(merged)
         self._adapters = [adapter.to(device=device, dtype=dtype) for adapter in adapters]
-        self._delta = LowRank.concat([delta.to(device=device, dtype=dtype) for delta in added]) if added else None
+        self._compose = compose
+        self._deltas = _joined([delta.to(device=device, dtype=dtype) for delta in added])
         # a hook that stays is not made anew: it keeps its place among other people's hooks
         if self._adapters and self._before is None:
             self._before = self._module.register_forward_pre_hook(self._adapt)
-        if self._delta is not None and self._after is None:
+        if self._deltas and self._after is None:
             self._after = self._module.register_forward_hook(self._add)
         if not self._adapters and self._before is not None:
             self._before = self._before.remove()
-        if self._delta is None and self._after is not None:
+        if not self._deltas and self._after is not None:
             self._after = self._after.remove()
 
     def _adapt(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (adapted(args[0], self._adapters), *args[1:])
+        return (adapted(args[0], self._adapters, compose=self._compose), *args[1:])
 
     def _add(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        assert self._delta is not None
-        added = self._delta.on_rows(args[0])
-        return (output.to(added.dtype) + added).to(output.dtype)
+        total = output.to(self._dtype)
+        for delta in self._deltas:
+            total = total + delta.on_rows(args[0])
+        return total.to(output.dtype)
 
     @torch.no_grad()
-    def _merge(self, deltas: Sequence[LowRank]) -> None:
+    def _merge(self, deltas: Sequence[Delta]) -> None:
         if not deltas and self._clean is None:
             return
-        # [D, M] view of the stored weight, also where that is transposed; a quantised weight has none and says so
+        # a [outputs, inputs] view also where the weight is stored transposed; a quantised one has none and says so
         weight = self._weight_view().detach()
         if self._clean is None:
             self._clean = weight.clone()
@@ -158,20 +183,25 @@ class PatchedModule:
         weight.copy_(total)  # in place: the parameter object and tied references stay
 
 
-def _rebuild(lm: EditableLM, modules: dict[int, PatchedModule], layers: Sequence[int]) -> None:
-    for layer in dict.fromkeys(layers):
-        parts: list[tuple[Mode, ModuleEdit]] = [
-            (handle.mode, module)
-            for handle in lm.active_edits
-            for module in handle.edit.modules
-            if module.layer == layer
+def _joined(deltas: Sequence[Delta]) -> list[Delta]:
+    """The same sum in fewer terms: low-rank deltas become one by stacking their factors."""
+    low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
+    others = [delta for delta in deltas if not isinstance(delta, LowRank)]
+    return [*([LowRank.concat(low_rank)] if low_rank else []), *others]
+
+
+def _rebuild(lm: EditableLM, modules: dict[Place, PatchedModule], places: Sequence[Place]) -> None:
+    for place in dict.fromkeys(places):
+        parts: list[tuple[AppliedEdit, ModuleEdit]] = [
+            (handle, module) for handle in lm.active_edits for module in handle.edit.modules if module.place == place
         ]
-        if layer not in modules:
-            modules[layer] = PatchedModule(lm, layer)
-        modules[layer].hold(
+        if place not in modules:
+            modules[place] = PatchedModule(lm, place)
+        modules[place].hold(
             adapters=[adapter for _, module in parts for adapter in module.adapters],
-            added=[module.delta for mode, module in parts if mode == "hook" and module.delta is not None],
-            merged=[module.delta for mode, module in parts if mode == "merge" and module.delta is not None],
+            compose=next((handle.compose for handle, module in parts if module.adapters), "chain"),
+            added=[module.delta for handle, module in parts if handle.mode == "hook" and module.delta is not None],
+            merged=[module.delta for handle, module in parts if handle.mode == "merge" and module.delta is not None],
         )
         if not parts:
-            del modules[layer]
+            del modules[place]

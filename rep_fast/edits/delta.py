@@ -1,106 +1,65 @@
-"""A change of a down-projection as a product of two thin matrices, with its algebra.
+"""What a change of one linear module can be asked, whatever it is made of.
 
-Closed-form editors write ΔW = L R with as many columns in L as facts, so a delta is stored, added and applied in its
-factors; the dense [D, M] matrix is only made where somebody asks for it.
+`LowRank` (closed-form editors, LoRA), `Slices` (a few rows or columns) and `Dense` (fine-tuning) are changes ΔW of a
+weight [outputs, inputs]: they can be added beside it or written into it. A new kind is a class with these members and
+an entry in `kinds.KINDS`, by which files know it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from rep_fast.errors import LayerError, NonFiniteError
+from rep_fast.errors import NonFiniteError
 
 
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """ΔW = left · right, acting on key columns: Δv = left (right k).
+class Delta(Protocol):
+    """A change ΔW of one linear module.
 
-    Args:
-        left: [D, r] floating point.
-        right: [r, M] same dtype and device.
-    Raises:
-        LayerError: the factors do not fit each other.
-        NonFiniteError: a factor holds NaN or infinity.
+    kind: its name in files. shape: (outputs, inputs) of the weight it belongs to.
     """
 
-    left: Tensor
-    right: Tensor
-
-    def __post_init__(self) -> None:
-        left, right = self.left, self.right
-        if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
-            raise LayerError(
-                f"factors of shape {tuple(left.shape)} and {tuple(right.shape)} make no delta; need [D, r] and [r, M]"
-            )
-        if left.dtype != right.dtype or left.device != right.device or not left.is_floating_point():
-            raise LayerError(
-                f"factors {left.dtype} on {left.device} and {right.dtype} on {right.device} must share one floating "
-                "dtype and one device"
-            )
-        for name, factor, dim in (("left", left, 1), ("right", right, 1)):
-            finite = torch.isfinite(factor).all(dim=dim)
-            if not bool(finite.all()):
-                row = int((~finite).nonzero()[0])
-                raise NonFiniteError(f"row {row} of the {name} factor holds NaN or infinity; the edit cannot be used")
-
-    @classmethod
-    def concat(cls, deltas: Sequence[LowRank]) -> LowRank:
-        """The sum of deltas, by stacking their factors; the rank is the sum of the ranks.
-
-        Raises:
-            LayerError: no deltas, or deltas of different widths.
-        """
-        if not deltas:
-            raise LayerError("a sum of deltas needs at least one")
-        if len({delta.shape for delta in deltas}) > 1:
-            raise LayerError(f"deltas of shapes {[delta.shape for delta in deltas]} cannot be added")
-        return cls(torch.cat([delta.left for delta in deltas], 1), torch.cat([delta.right for delta in deltas], 0))
+    kind: ClassVar[str]
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(D, M)."""
-        return self.left.shape[0], self.right.shape[1]
+    def shape(self) -> tuple[int, int]: ...
 
-    @property
-    def rank(self) -> int:
-        """Columns of the left factor: an upper bound of the matrix rank."""
-        return self.left.shape[1]
-
-    def __add__(self, other: LowRank) -> LowRank:
-        return LowRank.concat([self, other])
-
-    def __neg__(self) -> LowRank:
-        return LowRank(-self.left, self.right)
-
-    def __sub__(self, other: LowRank) -> LowRank:
-        return self + (-other)
-
-    def __mul__(self, factor: float) -> LowRank:
-        return LowRank(self.left * factor, self.right)
-
-    __rmul__ = __mul__
-
-    def __matmul__(self, columns: Tensor) -> Tensor:
-        """ΔW K for key columns K [M] or [M, n] → [D] or [D, n]."""
-        return self.left @ (self.right @ columns.to(self.right))
-
-    def on_rows(self, keys: Tensor) -> Tensor:
-        """ΔW k for every key row: [..., M] → [..., D]."""
-        return keys.to(self.right) @ self.right.T @ self.left.T
-
-    def norm(self) -> Tensor:
-        """Frobenius norm, float64 scalar: ‖L R‖² = ⟨LᵀL, R Rᵀ⟩, in O((D + M) r²) without the dense matrix."""
-        left, right = self.left.double(), self.right.double()
-        return ((left.T @ left) * (right @ right.T)).sum().clamp(min=0.0).sqrt()
+    def on_rows(self, inputs: Tensor) -> Tensor:
+        """ΔW x for every row: [..., inputs] → [..., outputs], in the delta's dtype."""
+        ...
 
     def to_dense(self) -> Tensor:
-        """[D, M], dtype of the factors."""
-        return self.left @ self.right
+        """ΔW [outputs, inputs]."""
+        ...
 
-    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
-        """The same delta on another device or in another dtype."""
-        return LowRank(self.left.to(device=device, dtype=dtype), self.right.to(device=device, dtype=dtype))
+    def parts(self) -> dict[str, Tensor]:
+        """Tensors by name, for a file."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values beside the tensors."""
+        ...
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Delta:
+        """Inverse of `parts` and `settings`."""
+        ...
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Delta:
+        """The same delta on another device or in another floating dtype."""
+        ...
+
+
+def check_finite_rows(matrix: Tensor, what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NonFiniteError: names the first bad row.
+    """
+    finite = torch.isfinite(matrix).all(dim=1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        raise NonFiniteError(f"row {row} of {what} holds NaN or infinity; the edit cannot be used")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rep_fast.edits.applying import AppliedEdit, Mode, apply_edit
-from rep_fast.edits.delta import LowRank
+from rep_fast.edits.applying import AppliedEdit, Compose, Mode, apply_edit
+from rep_fast.edits.delta import Delta
 from rep_fast.edits.key_adapter import KeyAdapter
 from rep_fast.errors import LayerError
 from rep_fast.facts import Fact
@@ -22,20 +22,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ModuleEdit:
-    """What an edit does at one layer's down-projection: adapters on the key first, then the delta.
+    """What an edit does at one linear module of a layer: adapters on its input first, then the delta.
 
     Args:
         layer: 0-based.
         delta: change of the weight, None for adapters only.
-        adapters: in the order they apply.
+        adapters: in the order they apply; they act on keys, so only the down-projection takes them.
+        linear: name of the module, see `EditableLM.linears`.
+        vectors: what others need to know of this module's update, saved with the edit: k_star [M], the key it was
+            written for, direction C⁻¹k*, response with ρ(k) = k·response, past keys of stateful editors …
+    Raises:
+        LayerError: adapters at another module than the down-projection.
     """
 
     layer: int
-    delta: LowRank | None = None
+    delta: Delta | None = None
     adapters: tuple[KeyAdapter, ...] = ()
+    linear: str = "down"
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", tuple(self.adapters))
+        if self.adapters and self.linear != "down":
+            raise LayerError(f"key adapters act before the down-projection, not before {self.linear!r}")
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """(layer, linear)."""
+        return self.layer, self.linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +61,12 @@ class Edit:
         method: name of the editor.
         hparams: its hyper-parameters; JSON values only.
         fingerprint: of the model it was made for; no other model takes it.
-        modules: one entry per edited layer.
+        modules: one entry per edited linear module.
         notes: anything the editor reports; JSON values only.
-        tensors: vectors worth keeping (k_star, v_star …), saved with the edit.
+        tensors: what belongs to no single module (v_star, v_0 …), saved with the edit.
         model_name: name of that model, for messages.
     Raises:
-        LayerError: two entries for one layer.
+        LayerError: two entries for one module.
     """
 
     facts: tuple[Fact, ...]
@@ -67,40 +81,45 @@ class Edit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "facts", tuple(self.facts))
         object.__setattr__(self, "modules", tuple(self.modules))
-        if len(set(self.layers)) != len(self.modules):
-            raise LayerError(f"an edit has one entry per layer, got layers {list(self.layers)}")
+        if len({module.place for module in self.modules}) != len(self.modules):
+            places = [f"{module.linear} of {module.layer}" for module in self.modules]
+            raise LayerError(f"an edit has one entry per module, got {', '.join(places)}")
 
     @property
     def layers(self) -> tuple[int, ...]:
-        return tuple(module.layer for module in self.modules)
+        """The edited layers, each once, in the order of `modules`."""
+        return tuple(dict.fromkeys(module.layer for module in self.modules))
 
-    def module(self, layer: int) -> ModuleEdit:
-        """The entry of one layer.
+    def module(self, layer: int, linear: str = "down") -> ModuleEdit:
+        """The entry of one module.
 
         Raises:
             LayerError: the edit does not touch it.
         """
         for module in self.modules:
-            if module.layer == layer:
+            if module.place == (layer, linear):
                 return module
-        raise LayerError(f"this edit changes layers {list(self.layers)}, not {layer}")
+        raise LayerError(f"this edit changes layers {list(self.layers)}, not {linear} of {layer}")
 
-    def apply(self, lm: EditableLM, mode: Mode = "hook") -> AppliedEdit:
+    def apply(self, lm: EditableLM, mode: Mode = "hook", *, compose: Compose = "chain") -> AppliedEdit:
         """Make the edit active in the model, on top of other active edits; `.undo()` takes it out again.
 
         Args:
-            mode: "hook" adds the low-rank term beside the weight in float32; "merge" writes it into the weight.
+            mode: "hook" adds the delta's term beside the weight in float32; "merge" writes it into the weight.
+            compose: how the adapters of one layer act together (methods §6.5): "chain", each on what the one before
+                made of the key, "argmax", the most certain gate alone, or "sum", all on the native key. The same for
+                all active edits with adapters there.
         Raises:
             FingerprintError: it was made for another model.
             LayerError: it does not fit the model, or the weight cannot be merged into.
-            HparamError: unknown mode.
+            HparamError: unknown mode or composition, or another one than that of an active edit.
         """
-        return apply_edit(lm, self, mode)
+        return apply_edit(lm, self, mode, compose=compose)
 
     @contextmanager
-    def applied(self, lm: EditableLM, mode: Mode = "hook") -> Iterator[AppliedEdit]:
+    def applied(self, lm: EditableLM, mode: Mode = "hook", *, compose: Compose = "chain") -> Iterator[AppliedEdit]:
         """The edit is active inside the `with` block; see `apply`."""
-        handle = self.apply(lm, mode)
+        handle = self.apply(lm, mode, compose=compose)
         try:
             yield handle
         finally:
@@ -110,12 +129,14 @@ class Edit:
         """The same edit with these adapters, by layer; layers not named keep theirs.
 
         Raises:
-            LayerError: the edit has no entry for a layer.
+            LayerError: the edit has no entry for the down-projection of a layer.
         """
         for layer in adapters:
             self.module(layer)
 
         def adapters_of(module: ModuleEdit) -> tuple[KeyAdapter, ...]:
+            if module.linear != "down":
+                return ()
             chosen = adapters.get(module.layer, module.adapters)
             return (chosen,) if isinstance(chosen, KeyAdapter) else tuple(chosen)
 

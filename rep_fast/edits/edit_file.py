@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rep_fast.edits.applying import check_fits
-from rep_fast.edits.delta import LowRank
+from rep_fast.edits.delta import Delta
 from rep_fast.edits.edit import Edit, ModuleEdit
 from rep_fast.edits.key_adapter import PARTS, KeyAdapter
+from rep_fast.edits.kinds import KINDS
 from rep_fast.errors import CorruptFileError, RepFastError
 from rep_fast.facts import Fact
 from rep_fast.ops.gated_adapter import AdapterWeights
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 KIND = "edit"
 VERSION = 1
-_LOW_RANK = "low_rank"
 
 
 def save_edit(edit: Edit, path: str | Path) -> None:
@@ -53,7 +53,7 @@ def load_edit(path: str | Path, lm: EditableLM | None = None) -> Edit:
             fingerprint=description["fingerprint"],
             modules=tuple(_module(path, module, tensors) for module in description["modules"]),
             notes=description["notes"],
-            tensors={name.removeprefix("tensor."): t for name, t in tensors.items() if name.startswith("tensor.")},
+            tensors=_below("tensor.", tensors),
             model_name=description["model_name"],
         )
     except CorruptFileError:
@@ -66,32 +66,48 @@ def load_edit(path: str | Path, lm: EditableLM | None = None) -> Edit:
 
 
 def _describe_module(module: ModuleEdit, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """JSON description of a module edit; its tensors are put into `tensors` under names that hold the layer."""
-    prefix = f"layer.{module.layer}"
+    """JSON description of a module edit; its tensors are put into `tensors` under names that hold its place."""
+    prefix = f"layer.{module.layer}.{module.linear}"
+    tensors |= {f"{prefix}.vector.{name}": vector for name, vector in module.vectors.items()}
+    delta: dict[str, Any] | None = None
     if module.delta is not None:
-        tensors[f"{prefix}.left"], tensors[f"{prefix}.right"] = module.delta.left, module.delta.right
+        tensors |= {f"{prefix}.{name}": part for name, part in module.delta.parts().items()}
+        delta = {"kind": module.delta.kind, **module.delta.settings()}
     adapters = []
     for number, adapter in enumerate(module.adapters):
         for part in PARTS:
             tensors[f"{prefix}.adapter.{number}.{part}"] = getattr(adapter.weights, part)
         adapters.append({"tau": adapter.tau, "trained_for": list(adapter.trained_for), "notes": dict(adapter.notes)})
-    return {"layer": module.layer, "delta": None if module.delta is None else _LOW_RANK, "adapters": adapters}
+    return {"layer": module.layer, "linear": module.linear, "delta": delta, "adapters": adapters}
 
 
 def _module(path: str | Path, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModuleEdit:
-    prefix, kind = f"layer.{entry['layer']}", entry["delta"]
-    if kind not in (None, _LOW_RANK):
-        raise CorruptFileError(
-            f"{path} holds a delta of unknown kind {kind!r} at layer {entry['layer']}; update rep_fast"
-        )
-    delta = None if kind is None else LowRank(tensors[f"{prefix}.left"], tensors[f"{prefix}.right"])
+    layer, linear = int(entry["layer"]), entry["linear"]
+    own = _below(f"layer.{layer}.{linear}.", tensors)
     adapters = tuple(
         KeyAdapter(
-            AdapterWeights(**{part: tensors[f"{prefix}.adapter.{number}.{part}"] for part in PARTS}),
+            AdapterWeights(**_below(f"adapter.{number}.", own)),
             tau=adapter["tau"],
             trained_for=tuple(adapter["trained_for"]),
             notes=adapter["notes"],
         )
         for number, adapter in enumerate(entry["adapters"])
     )
-    return ModuleEdit(int(entry["layer"]), delta, adapters)
+    return ModuleEdit(layer, _delta(path, entry, own), adapters, linear, _below("vector.", own))
+
+
+def _delta(path: str | Path, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Delta | None:
+    if entry["delta"] is None:
+        return None
+    settings = dict(entry["delta"])
+    kind = settings.pop("kind")
+    if kind not in KINDS:
+        raise CorruptFileError(
+            f"{path} holds a delta of unknown kind {kind!r} at layer {entry['layer']}; update rep_fast"
+        )
+    return KINDS[kind].from_parts(parts, settings)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -127,10 +127,10 @@ class KeyAdapter:
         return (logits > logits.new_tensor(math.log(self.tau / (1 - self.tau)))).reshape(keys.shape[:-1])
 
 
-def adapted(keys: Tensor, adapters: Sequence[KeyAdapter]) -> Tensor:
-    """Keys [..., M] after the adapters one after another: the second sees what the first made of the key (§6.5)."""
+def adapted(keys: Tensor, adapters: Sequence[KeyAdapter], *, compose: str = "chain") -> Tensor:
+    """Keys [..., M] after several adapters; in a chain the second sees what the first made of the key (§6.5)."""
     rows = keys.reshape(-1, keys.shape[-1])
     result = gated_adapter(
-        rows, [adapter.weights for adapter in adapters], tau=[adapter.tau for adapter in adapters], compose="chain"
+        rows, [adapter.weights for adapter in adapters], tau=[adapter.tau for adapter in adapters], compose=compose
     )
     return result.reshape(keys.shape)

@@ -67,8 +67,9 @@ class Layout:
 
     family: name shown to users. base: the module that maps token ids to normalised hidden states. layers: the list of
     decoder layers. norm, head: final norm and output projection. mlp, down, up, gate, attn_out: inside a layer; gate is
-    None for a plain MLP. rotary: module called with (hidden, position_ids) -> (cos, sin), or None. run_block: how one
-    layer is called in a resumed forward. fixed_positions: positions beyond the config's maximum do not exist.
+    None for a plain MLP. attn_in: the attention's first linears by name, ("q", path) … or one fused ("qkv", path).
+    rotary: module called with (hidden, position_ids) -> (cos, sin), or None. run_block: how one layer is called in a
+    resumed forward. fixed_positions: positions beyond the config's maximum do not exist.
     """
 
     family: str
@@ -81,6 +82,7 @@ class Layout:
     up: str
     gate: str | None
     attn_out: str
+    attn_in: tuple[tuple[str, str], ...]
     rotary: str | None
     run_block: BlockRunner
     fixed_positions: bool = False
@@ -98,6 +100,7 @@ def _llama_like(family: str) -> Layout:
         up="mlp.up_proj",
         gate="mlp.gate_proj",
         attn_out="self_attn.o_proj",
+        attn_in=tuple((name, f"self_attn.{name}_proj") for name in "qkv"),
         rotary="model.rotary_emb",
         run_block=run_rotary_block,
     )
@@ -114,6 +117,7 @@ _GPTJ = Layout(
     up="mlp.fc_in",
     gate=None,
     attn_out="attn.out_proj",
+    attn_in=tuple((name, f"attn.{name}_proj") for name in "qkv"),
     rotary=None,
     run_block=run_gptj_block,
     fixed_positions=True,
@@ -130,6 +134,7 @@ _GPT2 = Layout(
     up="mlp.c_fc",
     gate=None,
     attn_out="attn.c_proj",
+    attn_in=(("qkv", "attn.c_attn"),),
     rotary=None,
     run_block=run_gpt2_block,
     fixed_positions=True,

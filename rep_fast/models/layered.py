@@ -77,22 +77,61 @@ class LayeredModel:
             raise LayerError(f"layer {layer} lies outside {self.name}, whose layers are 0 to {self.n_layers - 1}")
         return int(layer)
 
+    @property
+    def linears(self) -> dict[str, str]:
+        """Names of a layer's linear modules → their paths inside the layer: "down", "up", "gate" where there is one,
+        "attn_out", and "q", "k", "v" or the fused "qkv"."""
+        gate = {} if self.layout.gate is None else {"gate": self.layout.gate}
+        named = {"down": self.layout.down, "up": self.layout.up, **gate, "attn_out": self.layout.attn_out}
+        return {**named, **dict(self.layout.attn_in)}
+
+    def linear(self, layer: int, name: str) -> nn.Module:
+        """A linear module of a layer by name, see `linears`.
+
+        Raises:
+            LayerError: no such layer or name, or the module is neither Linear nor Conv1D.
+        """
+        path = self._linear_path(name)
+        module = self._layer_module(layer, path)
+        # decided by type: the shape test is ambiguous when D = M (methods §1, rule a)
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise LayerError(_not_linear(module, path, layer))
+        return module
+
+    def linear_shape(self, layer: int, name: str) -> tuple[int, int]:
+        """(outputs, inputs) of a linear module, whatever its weight is stored as."""
+        module = self.linear(layer, name)
+        if isinstance(module, nn.Linear):
+            return module.out_features, module.in_features
+        inputs, outputs = self.linear_weight(layer, name).T.shape
+        return outputs, inputs
+
+    def linear_weight(self, layer: int, name: str) -> Tensor:
+        """[outputs, inputs] view of a linear's weight; writing into it writes the model.
+
+        Raises:
+            LayerError: as `linear`, or the weight is quantised.
+        """
+        module = self.linear(layer, name)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if not weight.is_floating_point():
+            raise LayerError(
+                f"{self._linear_path(name)} of layer {layer} is stored as {weight.dtype}; apply edits by hook, not by "
+                "merging"
+            )
+        return weight.T if isinstance(module, Conv1D) else weight
+
     def down_proj(self, layer: int) -> nn.Module:
         """The module that maps keys to values."""
         return self._layer_module(layer, self.layout.down)
 
     def key_width(self, layer: int) -> int:
         """M of a layer."""
-        module = self.down_proj(layer)
-        if isinstance(module, Conv1D):
-            return module.weight.shape[0]
-        if isinstance(module, nn.Linear):
-            return module.in_features
-        raise LayerError(_not_linear(module, self.layout.down, layer))
+        return self.linear_shape(layer, "down")[1]
 
     def down_weight(self, layer: int) -> Tensor:
         """[D, M] view of the down-projection; writing into it writes the model."""
-        return self._weight(layer, self.layout.down)
+        return self.linear_weight(layer, "down")
 
     def down_bias(self, layer: int) -> Tensor | None:
         """[D] bias of the down-projection, None where there is none."""
@@ -100,28 +139,23 @@ class LayeredModel:
 
     def up_weight(self, layer: int) -> Tensor:
         """[M, D] view of the up-projection."""
-        return self._weight(layer, self.layout.up)
+        return self.linear_weight(layer, "up")
 
     def gate_weight(self, layer: int) -> Tensor:
         """[M, D] view of the gate projection; LayerError where the MLP has none."""
-        return self._weight(layer, self._gate_path())
+        return self.linear_weight(layer, "gate")
 
     @property
     def has_gate(self) -> bool:
         """Whether the MLP is gated."""
         return self.layout.gate is not None
 
-    def _weight(self, layer: int, path: str) -> Tensor:
-        module = self._layer_module(layer, path)
-        # decided by type: the shape test is ambiguous when D = M (methods §1, rule a)
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            raise LayerError(_not_linear(module, path, layer))
-        weight = module.weight
-        if not weight.is_floating_point():
-            raise LayerError(
-                f"{path} of layer {layer} is stored as {weight.dtype}; apply edits by hook, not by merging"
-            )
-        return weight.T if isinstance(module, Conv1D) else weight
+    def _linear_path(self, name: str) -> str:
+        if name == "gate":
+            return self._gate_path()
+        if name not in self.linears:
+            raise LayerError(f"family {self.family} has no linear {name!r}; choose from {', '.join(self.linears)}")
+        return self.linears[name]
 
     def _gate_path(self) -> str:
         if self.layout.gate is None:

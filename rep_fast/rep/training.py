@@ -57,7 +57,7 @@ def train_adapter(
     """The edit with a key adapter trained for its subject.
 
     Args:
-        edit: of one layer, with tensors `k_star`, `direction` and `response` (ROME and R-ROME give them).
+        edit: of one layer, with the vectors `k_star`, `direction` and `response` (ROME and R-ROME give them).
         forms: the subject's in-domain forms.
         pool: negatives of that layer; the paper's objective does without.
         templates: context templates; their prompts are the pool of texts.
@@ -110,8 +110,9 @@ def cache_keys(
         raise HparamError(f"there is no other form of {forms.fact.subject!r} and no context to train an adapter on")
     positives = texts.keys_so_far(lm, layer)
     keys = positives.subject
-    response = edit.tensors["response"].to(keys)
-    direction = edit.tensors["k_star" if hparams.target == "raw" else "direction"].to(keys)
+    vectors = edit.module(layer).vectors
+    response = vectors["response"].to(keys)
+    direction = vectors["k_star" if hparams.target == "raw" else "direction"].to(keys)
     target = direction if hparams.target == "raw" else direction / direction.norm()
     negatives = keys[:0]
     if hparams.objective == "calibrated":
@@ -248,7 +249,7 @@ def _dropped(rows: Tensor, rate: float, generator: torch.Generator) -> Tensor:
 def _edited_layer(edit: Edit) -> int:
     if len(edit.modules) != 1:
         raise HparamError(f"REP on an edit of {len(edit.modules)} layers is not built; use a single-layer editor")
-    missing = [name for name in ("k_star", "direction", "response") if name not in edit.tensors]
+    missing = [name for name in ("k_star", "direction", "response") if name not in edit.modules[0].vectors]
     if missing:
-        raise HparamError(f"the edit lacks the tensors {', '.join(missing)}; make it with method 'rome' or 'r-rome'")
+        raise HparamError(f"the edit lacks the vectors {', '.join(missing)}; make it with method 'rome' or 'r-rome'")
     return edit.modules[0].layer

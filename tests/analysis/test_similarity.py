@@ -58,6 +58,6 @@ def test_an_open_adapter_shows_in_what_comes_after(bench: api.Workbench) -> None
     before, after = form_similarities(bench, robust, CASE)["rephrase"]
     located = bench.lm.locate(FACT.prompt, "The Republic of Slovenia")
     key = bench.lm.keys([located.ids], [1], positions=torch.tensor([located.position]))[1][0]
-    response = plain.tensors["response"]
+    response = plain.modules[0].vectors["response"]
     assert float(before[0]) == pytest.approx(float(key @ response), rel=1e-4)
     assert float(after[0]) == pytest.approx(float((key + weights.b @ (weights.a @ key)) @ response), rel=1e-4)

@@ -39,10 +39,10 @@ def test_the_edited_module_gives_v_star(tiny_lm64: EditableLM, method: str) -> N
     assert delta.rank == 1
     weight = tiny_lm64.down_weight(1) + delta.to_dense()
     bias = tiny_lm64.down_bias(1)
-    out = weight @ edit.tensors["k_star"] + (0 if bias is None else bias)
+    out = weight @ edit.modules[0].vectors["k_star"] + (0 if bias is None else bias)
     torch.testing.assert_close(out, edit.tensors["v_star"], rtol=1e-9, atol=1e-9)
     # ρ(k*) = 1: the response is normalised by the editor's own denominator
-    assert float(edit.tensors["k_star"] @ edit.tensors["response"]) == pytest.approx(1, rel=1e-9)
+    assert float(edit.modules[0].vectors["k_star"] @ edit.modules[0].vectors["response"]) == pytest.approx(1, rel=1e-9)
 
 
 def test_only_the_edited_key_direction_moves(tiny_llama64: EditableLM) -> None:
@@ -51,7 +51,7 @@ def test_only_the_edited_key_direction_moves(tiny_llama64: EditableLM) -> None:
     )
     delta = edit.modules[0].delta
     assert delta is not None
-    direction = edit.tensors["direction"]
+    direction = edit.modules[0].vectors["direction"]
     probe = torch.randn(tiny_llama64.key_width(1), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     untouched = probe - direction * (probe @ direction) / (direction @ direction)
     assert float((delta.to_dense() @ untouched).norm()) <= 1e-12 * float(delta.to_dense().norm() * probe.norm())
@@ -60,7 +60,7 @@ def test_only_the_edited_key_direction_moves(tiny_llama64: EditableLM) -> None:
 def test_without_second_moment_the_direction_is_the_key(tiny_llama64: EditableLM) -> None:
     hparams = dataclasses.replace(HPARAMS, mom2_adjustment=False, keys="prompt")
     edit = editors.get("rome")(tiny_llama64, [FACT], moments=None, hparams=hparams, templates=TEMPLATES)
-    torch.testing.assert_close(edit.tensors["direction"], edit.tensors["k_star"])
+    torch.testing.assert_close(edit.modules[0].vectors["direction"], edit.modules[0].vectors["k_star"])
 
 
 def test_the_edit_survives_a_round_trip_and_undo(build_lm: Any, tmp_path: Any) -> None:
@@ -79,7 +79,7 @@ def test_a_vanishing_denominator_is_warned_of(tiny_llama64: EditableLM) -> None:
     """With k_0 orthogonal to u the update explodes: the disabling edit."""
     lm, moments = tiny_llama64, random_moments(tiny_llama64)
     edit = editors.get("rome")(lm, [FACT], moments=moments, hparams=HPARAMS, templates=TEMPLATES)
-    k_0 = edit.tensors["k_star"]
+    k_0 = edit.modules[0].vectors["k_star"]
     found = editors.optimise_value(lm, FACT, layer=1, templates=TEMPLATES, hparams=HPARAMS.value)
     k_mean = found.keys.mean(dim=0)
     # a second moment under which the whitened average is all but orthogonal to the bare key

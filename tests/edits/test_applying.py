@@ -200,14 +200,14 @@ def test_half_applied_edits_are_taken_back(
     build_lm: Callable[..., EditableLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = build_lm("llama")
-    before, whole = state(lm), lm.down_weight
+    before, whole = state(lm), lm.linear_weight
 
-    def quantised(layer: int) -> torch.Tensor:
+    def quantised(layer: int, name: str) -> torch.Tensor:
         if layer == 2:
             raise LayerError("stored as int8")
-        return whole(layer)
+        return whole(layer, name)
 
-    monkeypatch.setattr(lm, "down_weight", quantised)
+    monkeypatch.setattr(lm, "linear_weight", quantised)
     edit = random_edit(lm, (0, 2), 0)
     with pytest.raises(LayerError, match="stored as int8"):
         edit.apply(lm, "merge")

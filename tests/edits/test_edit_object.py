@@ -30,7 +30,7 @@ def make_edit(fingerprint: str = "f" * 64, **changes: Any) -> Edit:
         "modules": (ModuleEdit(1, delta, adapters), ModuleEdit(2, None, adapters[:1])),
         "notes": {"rho": {"before": 0.1}},
         "tensors": {
-            "k_star": torch.randn(48, generator=generator),
+            "z": torch.randn(48, generator=generator),
             "v_star.1": torch.randn(32, generator=generator).to(torch.bfloat16),
         },
         "model_name": "tiny",
@@ -59,12 +59,12 @@ def test_layers_and_modules() -> None:
     edit = make_edit()
     assert edit.layers == (1, 2)
     assert edit.module(2) is edit.modules[1]
-    with pytest.raises(LayerError, match=r"changes layers \[1, 2\], not 0"):
+    with pytest.raises(LayerError, match=r"changes layers \[1, 2\], not down of 0"):
         edit.module(0)
 
 
 def test_two_entries_for_a_layer() -> None:
-    with pytest.raises(LayerError, match=r"one entry per layer, got layers \[1, 1\]"):
+    with pytest.raises(LayerError, match=r"one entry per module, got down of 1, down of 1"):
         make_edit(modules=(ModuleEdit(1), ModuleEdit(1)))
 
 
@@ -75,7 +75,7 @@ def test_adapters_are_replaced_without_touching_the_rest() -> None:
     assert changed.modules[0].delta is edit.modules[0].delta
     assert changed.module(2).adapters == edit.module(2).adapters
     assert edit.with_adapters({1: [adapter, adapter]}).module(1).adapters == (adapter, adapter)
-    with pytest.raises(LayerError, match="not 0"):
+    with pytest.raises(LayerError, match="not down of 0"):
         edit.with_adapters({0: adapter})
 
 
@@ -112,8 +112,10 @@ def altered(path: Path, **changes: Any) -> Path:
 
 
 def test_an_unknown_kind_of_delta(tmp_path: Path) -> None:
-    path = altered(tmp_path / "edit", modules=[{"layer": 1, "delta": "codebook", "adapters": []}])
-    with pytest.raises(CorruptFileError, match="delta of unknown kind 'codebook' at layer 1; update rep_fast"):
+    path = altered(
+        tmp_path / "edit", modules=[{"layer": 1, "linear": "down", "delta": {"kind": "wormhole"}, "adapters": []}]
+    )
+    with pytest.raises(CorruptFileError, match="delta of unknown kind 'wormhole' at layer 1; update rep_fast"):
         Edit.load(path)
 
 
@@ -124,7 +126,12 @@ def test_a_newer_format(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"without": ["layer.1.left"]}, {"facts": [{"prompt": "no slot"}]}, {"modules": 3}, {"method": []} | {"facts": 1}],
+    [
+        {"without": ["layer.1.down.left"]},
+        {"facts": [{"prompt": "no slot"}]},
+        {"modules": 3},
+        {"method": []} | {"facts": 1},
+    ],
 )
 def test_a_description_that_fits_no_edit(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(CorruptFileError, match="does not describe a usable edit"):

@@ -206,8 +206,8 @@ def test_refusals(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, 
         RepHparams(n_hard=-1)
     with pytest.raises(HparamError, match="no other form of 'Slovenia' and no context"):
         train_adapter(tiny_llama, rome_edit, SubjectForms(FACT), pool=pool, templates=("{}",), hparams=HPARAMS)
-    with pytest.raises(HparamError, match="lacks the tensors"):
-        train(dataclasses.replace(rome_edit, tensors={}))
+    with pytest.raises(HparamError, match="lacks the vectors"):
+        train(dataclasses.replace(rome_edit, modules=(dataclasses.replace(rome_edit.modules[0], vectors={}),)))
     with pytest.raises(HparamError, match="2 layers"):
         train(dataclasses.replace(rome_edit, modules=(*rome_edit.modules, ModuleEdit(0))))
     with pytest.raises(HparamError, match="objective 'papers' is unknown"):

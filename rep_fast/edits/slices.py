@@ -1,0 +1,99 @@
+"""A change of a few rows or columns of a weight, the others left as they are.
+
+Path editing moves the key-nodes (rows of the up-projection) and value-nodes (columns of the down-projection) of a path;
+knowledge neurons move single columns. Only what changes is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rep_fast.edits.delta import check_finite_rows
+from rep_fast.errors import LayerError
+
+Axis = Literal["outputs", "inputs"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """ΔW of a weight [outputs, inputs] that is zero outside some rows (axis "outputs") or columns (axis "inputs").
+
+    Args:
+        index: [s] int64, the rows or columns, distinct.
+        values: [s, inputs] for rows, [outputs, s] for columns; floating point, same device.
+        axis: "outputs" or "inputs".
+        size: how many rows or columns the whole weight has.
+    Raises:
+        LayerError: index and values do not fit, or an index repeats or lies outside `size`.
+        NonFiniteError: a value is NaN or infinite.
+    """
+
+    kind: ClassVar[str] = "slices"
+
+    index: Tensor
+    values: Tensor
+    axis: Axis
+    size: int
+
+    def __post_init__(self) -> None:
+        index, values = self.index, self.values
+        if self.axis not in ("outputs", "inputs"):
+            raise LayerError(f"slices lie along 'outputs' or 'inputs', not {self.axis!r}")
+        along = 0 if self.axis == "outputs" else 1
+        if index.ndim != 1 or index.dtype != torch.int64 or values.ndim != 2 or values.shape[along] != len(index):
+            raise LayerError(
+                f"slices along {self.axis} need index [s] int64 and values with {len(index)} of them, got "
+                f"{tuple(index.shape)} {index.dtype} and {tuple(values.shape)}"
+            )
+        if not values.is_floating_point() or index.device != values.device:
+            raise LayerError(
+                f"slices need floating values on the index's device, got {values.dtype} on {values.device}"
+            )
+        outside = (index < 0) | (index >= self.size)
+        if bool(outside.any()):
+            raise LayerError(f"slice {int(index[outside][0])} lies outside the {self.size} {self.axis} of the weight")
+        if len(index.unique()) < len(index):
+            raise LayerError(f"slices along {self.axis} repeat an index; add the values up first")
+        check_finite_rows(values, "the slices")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        if self.axis == "outputs":
+            return self.size, self.values.shape[1]
+        return self.values.shape[0], self.size
+
+    def on_rows(self, inputs: Tensor) -> Tensor:
+        """ΔW x for every row [..., inputs] → [..., outputs]; costs only the slices."""
+        inputs = inputs.to(self.values)
+        if self.axis == "inputs":
+            return inputs[..., self.index] @ self.values.T
+        moved = inputs @ self.values.T
+        return moved.new_zeros(*moved.shape[:-1], self.size).index_copy(-1, self.index, moved)
+
+    def to_dense(self) -> Tensor:
+        """[outputs, inputs]."""
+        dense = self.values.new_zeros(self.shape)
+        return dense.index_copy(0 if self.axis == "outputs" else 1, self.index, self.values)
+
+    def parts(self) -> dict[str, Tensor]:
+        """Tensors by name, for a file."""
+        return {"index": self.index, "values": self.values}
+
+    def settings(self) -> dict[str, Any]:
+        """JSON values beside the tensors."""
+        return {"axis": self.axis, "size": self.size}
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Slices:
+        """Inverse of `parts` and `settings`."""
+        return cls(parts["index"], parts["values"], settings["axis"], int(settings["size"]))
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Slices:
+        """The same slices on another device or in another dtype."""
+        return Slices(self.index.to(device=device), self.values.to(device=device, dtype=dtype), self.axis, self.size)
