@@ -12,7 +12,7 @@ from rep_fast.edits import Edit
 from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM, context_templates
-from rep_fast.presets import Preset, from_flat_mapping, load_preset
+from rep_fast.presets import Preset, field_names, from_flat_mapping, load_preset
 from rep_fast.stats import SecondMoments
 
 Write = Callable[..., Edit]
@@ -20,25 +20,44 @@ Write = Callable[..., Edit]
 
 @dataclass(frozen=True)
 class Editor:
-    """One method: `hparams(lm, preset)` gives its settings for a model, calling it gives an `Edit`."""
+    """One method: `hparams(lm, preset)` gives its settings for a model, calling it gives an `Edit`.
+
+    name: at the door. hparams_type: dataclass with `layers`, a tuple (a field, or a property of a single-layer method).
+    write: function (lm, facts, *, hparams, method, …) → Edit. takes: what else it is handed, of "moments", "templates",
+    "state" and "cache_dir". is_batch: whether it writes several facts in one edit.
+    """
 
     name: str
     hparams_type: type
     write: Write
+    takes: frozenset[str] = frozenset({"moments", "templates"})
+    is_batch: bool = False
 
     def hparams(
         self, lm: EditableLM, *, preset: str | Preset = "default", overrides: Mapping[str, Any] | None = None
     ) -> Any:
         """The preset's hyper-parameters for this model's family, changed by `overrides` (flat names, "v_steps").
 
+        "layer" and "layers" stand for each other, so that one override serves methods of one and of several layers.
+
         Raises:
             HparamError: unknown preset or name, value of the wrong type. LayerError: layer outside the model.
         """
         chosen = load_preset(preset) if isinstance(preset, str) else preset
-        values = {**chosen.section(self.name, family=lm.family), **(overrides or {})}
+        values = {**chosen.section(self.name, family=lm.family), **self._named_layers(overrides or {})}
         made = from_flat_mapping(self.hparams_type, values, where=f"{self.name} (preset {chosen.name})")
-        lm.check_layer(made.layer)
+        for layer in made.layers:
+            lm.check_layer(layer)
         return made
+
+    def check_facts(self, facts: Sequence[Fact]) -> None:
+        """Raise HparamError when this method does not write that many facts in one edit."""
+        if not self.is_batch and len(facts) != 1:
+            raise HparamError(
+                f"{self.name} writes one fact at a time, got {len(facts)}; make one edit each and stack them"
+            )
+        if not facts:
+            raise HparamError(f"{self.name} needs at least one fact, got none")
 
     def __call__(
         self,
@@ -48,19 +67,44 @@ class Editor:
         moments: SecondMoments | None = None,
         hparams: Any = None,
         templates: Sequence[str] | None = None,
+        state: Any = None,
         seed: int = 0,
         cache_dir: str | Path | None = None,
     ) -> Edit:
-        """Edit; templates not given are sampled with `seed` and kept in `cache_dir`, see `context_templates`."""
+        """Edit; what the method does not take is left out.
+
+        Args:
+            templates: not given, they are sampled with `seed` and kept in `cache_dir`, see `context_templates`.
+            state: `EditorState` of earlier edits, for methods that keep past keys; None: there are none.
+        """
+        self.check_facts(facts)
         hparams = self.hparams(lm) if hparams is None else hparams
-        if templates is None:
+        if templates is None and "templates" in self.takes:
             templates = context_templates(lm, style=hparams.template_style, seed=seed, cache_dir=cache_dir)
-        return self.write(lm, facts, moments=moments, hparams=hparams, templates=templates, method=self.name)
+        shared = {"moments": moments, "templates": templates, "state": state, "cache_dir": cache_dir}
+        handed = {name: value for name, value in shared.items() if name in self.takes}
+        return self.write(lm, facts, hparams=hparams, method=self.name, **handed)
+
+    def _named_layers(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        known, renamed = field_names(self.hparams_type), dict(overrides)
+        if "layer" in renamed and "layers" in known:
+            renamed["layers"] = renamed.pop("layer")
+        if "layers" in renamed and "layer" in known and "layers" not in known:
+            layers = renamed.pop("layers")
+            if isinstance(layers, (list, tuple)):
+                if len(layers) != 1:
+                    raise HparamError(f"{self.name} edits one layer, got {list(layers)}; name one")
+                layers = layers[0]
+            renamed["layer"] = layers
+        return renamed
 
 
 _EDITORS = {
-    "rome": Editor("rome", RomeHparams, rome),
-    "r-rome": Editor("r-rome", RomeHparams, rome),
+    editor.name: editor
+    for editor in (
+        Editor("rome", RomeHparams, rome),
+        Editor("r-rome", RomeHparams, rome),
+    )
 }
 
 

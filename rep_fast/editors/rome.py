@@ -52,6 +52,11 @@ class RomeHparams:
         if self.keys not in KEY_CHOICES:
             raise HparamError(f"keys={self.keys!r} is unknown for ROME; choose from {', '.join(KEY_CHOICES)}")
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited layer, as methods of several layers name theirs."""
+        return (self.layer,)
+
 
 @dataclass(frozen=True)
 class RankOne:

@@ -67,11 +67,14 @@ def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat_mapping(hparams: Any) -> dict[str, Any]:
-    """A dataclass as flat names; nested dataclasses lie on the same level."""
+    """A dataclass as flat names and JSON values; nested dataclasses lie on the same level."""
     flat: dict[str, Any] = {}
     for entry in dataclasses.fields(hparams):
         value = getattr(hparams, entry.name)
-        flat |= flat_mapping(value) if dataclasses.is_dataclass(value) else {entry.name: value}
+        if dataclasses.is_dataclass(value):
+            flat |= flat_mapping(value)
+        else:
+            flat[entry.name] = list(value) if isinstance(value, tuple) else value
     return flat
 
 
@@ -123,6 +126,8 @@ def _typed(value: Any, hint: Any, name: str, where: str) -> Any:
         if value not in choices:
             raise HparamError(f"{where}: {name} must be one of {', '.join(map(str, choices))}, got {value!r}")
         return value
+    if typing.get_origin(hint) is tuple:
+        return _whole_numbers(value, name, where)
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, str) and str not in allowed:
         value = yaml.safe_load(value)
@@ -137,6 +142,18 @@ def _typed(value: Any, hint: Any, name: str, where: str) -> Any:
             return value
     expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
     raise HparamError(f"{where}: {name} must be {expected}, got {value!r}")
+
+
+def _whole_numbers(value: Any, name: str, where: str) -> tuple[int, ...]:
+    """A list of YAML, a tuple, one number, or text of the command line such as "4,5,6"."""
+    found = [part.strip() for part in value.strip("[] ").split(",")] if isinstance(value, str) else value
+    found = [found] if isinstance(found, int) else found
+    try:
+        if not isinstance(found, (list, tuple)) or any(isinstance(part, (bool, float)) for part in found):
+            raise ValueError
+        return tuple(int(part) for part in found)
+    except (ValueError, TypeError):
+        raise HparamError(f"{where}: {name} must be whole numbers such as 4,5,6, got {value!r}") from None
 
 
 def _number(text: str) -> float | str:

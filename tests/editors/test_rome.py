@@ -92,6 +92,14 @@ def test_a_vanishing_denominator_is_warned_of(tiny_llama64: EditableLM) -> None:
         editors.get("rome")(lm, [FACT], moments=skewed, hparams=HPARAMS, templates=TEMPLATES)
 
 
+def test_layer_and_layers_stand_for_each_other(tiny_llama: EditableLM) -> None:
+    rome = editors.get("rome")
+    for given in ({"layer": 1}, {"layers": 1}, {"layers": (1,)}, {"layers": "1"}):
+        assert rome.hparams(tiny_llama, overrides=given).layers == (1,)
+    with pytest.raises(HparamError, match=r"rome edits one layer, got \[0, 1\]"):
+        rome.hparams(tiny_llama, overrides={"layers": (0, 1)})
+
+
 def test_refusals(tiny_llama: EditableLM, tiny_gpt2: EditableLM) -> None:
     rome = editors.get("rome")
     with pytest.raises(HparamError, match="one fact at a time, got 2"):

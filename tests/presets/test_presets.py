@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from rep_fast import editors
@@ -17,8 +20,9 @@ def test_every_preset_makes_every_method() -> None:
         preset = load_preset(name)
         for family in ("llama", "mistral", "qwen2", "qwen3", "gptj", "gpt2"):
             for method in editors.names():
+                kind = editors.get(method).hparams_type
                 values = preset.section(method, family=family)
-                assert isinstance(from_flat_mapping(RomeHparams, values, where=name), RomeHparams)
+                assert isinstance(from_flat_mapping(kind, values, where=name), kind)
         for objective in ("calibrated", "paper"):
             from_flat_mapping(RepHparams, preset.section(f"rep-{objective}"), where=name)
         from_flat_mapping(Protocol, preset.section("evaluation"), where=name)
@@ -62,6 +66,29 @@ def test_command_line_text_is_typed() -> None:
         RomeHparams, {"layer": "2", "v_lr": "1e-2", "early_stop": "null", "mom2_adjustment": "false"}, where="--set"
     )
     assert (made.layer, made.value.v_lr, made.value.early_stop, made.mom2_adjustment) == (2, 0.01, None, False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    layers: tuple[int, ...]
+
+
+@pytest.mark.parametrize("value", [[4, 5, 6], (4, 5, 6), "4,5,6", "[4, 5, 6]", " 4, 5,6 "])
+def test_layers_are_read_from_lists_and_text(value: Any) -> None:
+    made = from_flat_mapping(Several, {"layers": value}, where="test")
+    assert made == Several((4, 5, 6))
+    assert flat_mapping(made) == {"layers": [4, 5, 6]}
+
+
+@pytest.mark.parametrize(("value", "layers"), [(3, (3,)), ("3", (3,))])
+def test_one_layer_is_a_list_of_one(value: Any, layers: Any) -> None:
+    assert from_flat_mapping(Several, {"layers": value}, where="test") == Several(layers)
+
+
+@pytest.mark.parametrize("value", ["4,x", [4.5], [True], None, "", {"a": 1}])
+def test_what_is_no_list_of_layers_is_refused(value: Any) -> None:
+    with pytest.raises(HparamError, match="layers must be whole numbers such as 4,5,6, got"):
+        from_flat_mapping(Several, {"layers": value}, where="test")
 
 
 def test_bad_values_are_named() -> None:
