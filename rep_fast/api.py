@@ -20,7 +20,7 @@ from rep_fast.errors import HparamError, TextSourceError
 from rep_fast.facts import EditCase, Fact, TextSource, open_text
 from rep_fast.models import EditableLM, context_templates
 from rep_fast.presets import Preset, field_names, flat_mapping, from_flat_mapping, load_preset
-from rep_fast.rep import NegativePool, RepHparams, SubjectForms, train_adapter
+from rep_fast.rep import NegativePool, RepHparams, SubjectForms, train_adapters
 from rep_fast.rep.hparams import OBJECTIVES
 from rep_fast.stats import SecondMoments
 
@@ -241,11 +241,11 @@ class Workbench:
             forms = SubjectForms.of_case(self.lm, target, seed=seed, join=join)
         else:
             forms = SubjectForms.of_fact(self.lm, target, rephrases=rephrases, seed=seed)
-        layer = edit.modules[0].layer
-        pool = self.negative_pool(layer) if hparams.objective == "calibrated" else None
-        return train_adapter(
-            self.lm, edit, forms, pool=pool, templates=self.templates("rome", seed), hparams=hparams, seed=seed
-        )
+        needed = edit.layers if hparams.objective == "calibrated" else ()
+        return train_adapters(
+            self.lm, edit, forms, pools={layer: self.negative_pool(layer) for layer in needed},
+            templates=self.templates("rome", seed), hparams=hparams, seed=seed,
+        )  # fmt: skip
 
     def columns(self, methods: Sequence[str], objectives: Sequence[str | bool | None]) -> dict[str, BuildEdit]:
         """Columns of an evaluation: every method with every objective.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rep_fast.edits.applying import AppliedEdit
+from rep_fast.edits.applying import AppliedEdit, active_composition
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.dense import Dense
 from rep_fast.edits.edit import Edit, ModuleEdit
@@ -10,4 +10,14 @@ from rep_fast.edits.key_adapter import KeyAdapter
 from rep_fast.edits.low_rank import LowRank
 from rep_fast.edits.slices import Slices
 
-__all__ = ["AppliedEdit", "Delta", "Dense", "Edit", "KeyAdapter", "LowRank", "ModuleEdit", "Slices"]
+__all__ = [
+    "AppliedEdit",
+    "Delta",
+    "Dense",
+    "Edit",
+    "KeyAdapter",
+    "LowRank",
+    "ModuleEdit",
+    "Slices",
+    "active_composition",
+]

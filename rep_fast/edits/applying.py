@@ -109,16 +109,25 @@ def check_fits(lm: EditableLM, edit: Edit) -> None:
                 raise LayerError(f"an adapter of layer {module.layer} takes keys of {adapter.width}, not {shape[1]}")
 
 
+def active_composition(lm: EditableLM) -> Compose:
+    """How the active edits' adapters act together; "chain" while none has any."""
+    return next((handle.compose for handle in lm.active_edits if _has_adapters(handle.edit)), "chain")
+
+
+def _has_adapters(edit: Edit) -> bool:
+    return any(module.adapters for module in edit.modules)
+
+
 def _check_compose(lm: EditableLM, edit: Edit, compose: Compose) -> None:
     if compose not in COMPOSITIONS:
         raise HparamError(f"composition {compose!r} is unknown; use one of {', '.join(COMPOSITIONS)}")
-    with_adapters = [handle for handle in lm.active_edits if any(module.adapters for module in handle.edit.modules)]
-    for handle in with_adapters if any(module.adapters for module in edit.modules) else ():
-        if handle.compose != compose:
-            raise HparamError(
-                f"the active edits compose their adapters by {handle.compose!r}; apply this one with the same, not "
-                f"{compose!r}, or undo them first"
-            )
+    if not _has_adapters(edit) or not any(_has_adapters(handle.edit) for handle in lm.active_edits):
+        return
+    if compose != (active := active_composition(lm)):
+        raise HparamError(
+            f"the active edits compose their adapters by {active!r}; apply this one with the same, not {compose!r}, or "
+            "undo them first"
+        )
 
 
 class PatchedModule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rep_fast.rep.forms import LocatedTexts, SubjectForms, TextKeys, surface_forms
 from rep_fast.rep.hparams import RepHparams
 from rep_fast.rep.negatives import NegativePool, Negatives, draw_negatives
-from rep_fast.rep.training import CachedKeys, cache_keys, fit, train_adapter
+from rep_fast.rep.training import CachedKeys, cache_keys, fit, train_adapters
 
 __all__ = [
     "CachedKeys",
@@ -19,5 +19,5 @@ __all__ = [
     "draw_negatives",
     "fit",
     "surface_forms",
-    "train_adapter",
+    "train_adapters",
 ]

@@ -8,6 +8,7 @@ from rep_fast.errors import HparamError
 
 OBJECTIVES = ("calibrated", "paper")
 TARGETS = ("whitened", "raw")
+MULTILAYER = ("in_order", "frozen_keys")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class RepHparams:
     steps, lr: of Adam; batch, negative_batch: positives and negatives per step (None: all of them every step).
     dropout: on the projection's input in training.
     consistency: α, weight of the mean squared change of the anchor key (the bare prompt's).
+    multilayer: for edits of several layers, "in_order" trains each layer on keys that the trained adapters below have
+    acted on, "frozen_keys" on keys with those adapters off.
     Paper objective: target "whitened" (u) or "raw" (k*); absolute: |·| around the similarity.
     Calibrated objective: protect_prompt moves no key of the bare prompt, by holding A orthogonal to them;
     bare_every_step puts the forms in the bare prompt into every batch, besides what is drawn, and so gives them more
@@ -39,6 +42,7 @@ class RepHparams:
     negative_batch: int | None = None
     dropout: float = 0.0
     consistency: float = 10.0
+    multilayer: str = "in_order"
     target: str = "whitened"
     absolute: bool = False
     protect_prompt: bool = True
@@ -58,6 +62,8 @@ class RepHparams:
             raise HparamError(f"REP objective {self.objective!r} is unknown; choose from {', '.join(OBJECTIVES)}")
         if self.target not in TARGETS:
             raise HparamError(f"REP target {self.target!r} is unknown; choose from {', '.join(TARGETS)}")
+        if self.multilayer not in MULTILAYER:
+            raise HparamError(f"REP multilayer {self.multilayer!r} is unknown; choose from {', '.join(MULTILAYER)}")
         if not 0.0 <= self.dropout < 1.0:
             raise HparamError(f"REP dropout must be in [0, 1), got {self.dropout}")
         for name in ("steps", "batch", "negative_batch", "rank"):

@@ -1,19 +1,21 @@
-"""Training one key adapter on cached keys.
+"""Training the key adapters of an edit, one per edited layer, on cached keys.
 
 The keys of a layer depend neither on the edit at that layer nor on the adapter, so every key is computed once, by a
-forward truncated at the layer; all steps then run on cached vectors (methods §6.4).
+forward truncated at the layer; all steps then run on cached vectors (methods §6.4). With several layers the lowest comes
+first: what it and its trained adapter do to the stream is in the keys of the next one, as it will be at inference.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rep_fast.edits import Edit, KeyAdapter
+from rep_fast.edits import Edit, KeyAdapter, active_composition
 from rep_fast.errors import HparamError
 from rep_fast.models import EditableLM
 from rep_fast.ops import AdapterWeights
@@ -44,31 +46,53 @@ class CachedKeys:
     prompt_basis: Tensor
 
 
-def train_adapter(
+def train_adapters(
     lm: EditableLM,
     edit: Edit,
     forms: SubjectForms,
     *,
-    pool: NegativePool | None,
+    pools: Mapping[int, NegativePool],
     templates: Sequence[str],
     hparams: RepHparams,
     seed: int = 0,
 ) -> Edit:
-    """The edit with a key adapter trained for its subject.
+    """The edit with a key adapter per edited layer, trained for its subject.
 
     Args:
-        edit: of one layer, with the vectors `k_star`, `direction` and `response` (ROME and R-ROME give them).
+        lm: the model without this edit; edits that will precede it in use (a sequence, methods §6.5) are active.
+        edit: of one fact, with the vectors `k_star`, `direction` and `response` in every module, as the locate-and-edit
+            editors give them.
         forms: the subject's in-domain forms.
-        pool: negatives of that layer; the paper's objective does without.
+        pools: layer → negatives of that layer; the paper's objective does without.
         templates: context templates; their prompts are the pool of texts.
         seed: of the adapter's start, the order of texts and the draw of negatives.
     Returns:
-        A new Edit; the adapter's `notes` say ρ before and after, and how often the gate opens on positives, negatives.
+        A new Edit; each adapter's `notes` say ρ before and after, and how often the gate opens on positives, negatives.
     Raises:
-        HparamError: the edit has several layers or lacks those tensors, or negatives are needed and missing.
-    Cost: one truncated forward over templates × forms short texts, then `steps` small matrix products.
+        HparamError: a module lacks those vectors, or negatives are needed and missing.
+    Cost: per layer one truncated forward over templates × forms short texts, then `steps` small matrix products.
     """
-    layer = _edited_layer(edit)
+    trained = edit
+    for layer in _edited_layers(edit):
+        with _active_below(lm, trained, layer, with_adapters=hparams.multilayer == "in_order"):
+            trained = _train_layer(
+                lm, trained, layer, forms, pools.get(layer), templates=templates, hparams=hparams, seed=seed
+            )
+    return trained
+
+
+def _train_layer(
+    lm: EditableLM,
+    edit: Edit,
+    layer: int,
+    forms: SubjectForms,
+    pool: NegativePool | None,
+    *,
+    templates: Sequence[str],
+    hparams: RepHparams,
+    seed: int,
+) -> Edit:
+    """The edit with the adapter of one layer; keys are read from the model as it stands."""
     keys = cache_keys(lm, edit, layer, forms, pool, templates=templates, hparams=hparams, seed=seed)
     start = KeyAdapter.initial(
         lm.key_width(layer), rank=hparams.rank, gate_hidden=hparams.gate_hidden(lm.key_width(layer)), tau=hparams.tau,
@@ -246,10 +270,23 @@ def _dropped(rows: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     return rows * (kept / (1 - rate)).to(rows)
 
 
-def _edited_layer(edit: Edit) -> int:
-    if len(edit.modules) != 1:
-        raise HparamError(f"REP on an edit of {len(edit.modules)} layers is not built; use a single-layer editor")
-    missing = [name for name in ("k_star", "direction", "response") if name not in edit.modules[0].vectors]
-    if missing:
-        raise HparamError(f"the edit lacks the vectors {', '.join(missing)}; make it with method 'rome' or 'r-rome'")
-    return edit.modules[0].layer
+def _edited_layers(edit: Edit) -> list[int]:
+    """The layers to train, from below."""
+    wanted = ("k_star", "direction", "response")
+    missing = {name for module in edit.modules for name in wanted if name not in module.vectors}
+    if missing or not edit.modules:
+        raise HparamError(
+            f"an edit of {len(edit.facts)} facts by {edit.method!r} lacks the vectors {', '.join(sorted(missing))}; "
+            "REP is trained for edits of one fact by a locate-and-edit method"
+        )
+    return sorted(edit.layers)
+
+
+def _active_below(lm: EditableLM, edit: Edit, layer: int, *, with_adapters: bool) -> AbstractContextManager[object]:
+    """The part of the edit below a layer is active, with or without its adapters."""
+    below = [module for module in edit.modules if module.layer < layer]
+    if not below:
+        return nullcontext()
+    if not with_adapters:
+        below = [replace(module, adapters=()) for module in below]
+    return replace(edit, modules=tuple(below)).applied(lm, compose=active_composition(lm))

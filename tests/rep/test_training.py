@@ -13,11 +13,11 @@ from torch.nn.functional import softplus
 from rep_fast import editors
 from rep_fast.collisions import CorpusSample
 from rep_fast.editors import RomeHparams, ValueHparams
-from rep_fast.edits import Edit, KeyAdapter, ModuleEdit
+from rep_fast.edits import Edit, KeyAdapter, LowRank, ModuleEdit
 from rep_fast.errors import HparamError
 from rep_fast.facts import EditCase, Fact, MemoryText, Sided
 from rep_fast.models import EditableLM, Site
-from rep_fast.rep import NegativePool, RepHparams, SubjectForms, cache_keys, fit, train_adapter
+from rep_fast.rep import NegativePool, RepHparams, SubjectForms, cache_keys, fit, train_adapters
 from rep_fast.rep.objectives import calibrated_loss, paper_loss, protecting, soft_adapted
 from rep_fast.stats import SecondMoments
 
@@ -162,7 +162,7 @@ def test_calibrated_training_reaches_unit_response_and_spares_the_negatives(
     tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool
 ) -> None:
     hparams = dataclasses.replace(HPARAMS, steps=300)
-    trained = train_adapter(tiny_llama, rome_edit, forms, pool=pool, templates=TEMPLATES, hparams=hparams)
+    trained = train_adapters(tiny_llama, rome_edit, forms, pools={LAYER: pool}, templates=TEMPLATES, hparams=hparams)
     notes = trained.modules[0].adapters[0].notes
     assert notes["open_on_positives"] > 0.9
     assert notes["open_on_negatives"] < 0.05
@@ -177,8 +177,8 @@ def test_training_is_deterministic_and_leaves_the_edit_alone(
     hparams = dataclasses.replace(HPARAMS, steps=4, dropout=0.2, batch=5, negative_batch=7)
 
     def weights(seed: int) -> torch.Tensor:
-        trained = train_adapter(
-            tiny_llama, rome_edit, forms, pool=pool, templates=TEMPLATES, hparams=hparams, seed=seed
+        trained = train_adapters(
+            tiny_llama, rome_edit, forms, pools={LAYER: pool}, templates=TEMPLATES, hparams=hparams, seed=seed
         )
         return trained.modules[0].adapters[0].weights.b
 
@@ -187,16 +187,51 @@ def test_training_is_deterministic_and_leaves_the_edit_alone(
     assert rome_edit.modules[0].adapters == ()
 
 
+@pytest.fixture(scope="module")
+def two_layers(tiny_llama: EditableLM, rome_edit: Edit) -> Edit:
+    """The edit with a second module below, whose update is large enough to move the keys above it."""
+    generator = torch.Generator().manual_seed(4)
+    upper = rome_edit.modules[0]
+    key = tiny_llama.keys([FACT.text], 0)[0][1]
+    direction = key + 0.1 * torch.randn(key.shape, generator=generator)
+    response = direction / (key @ direction)
+    delta = LowRank(torch.randn(tiny_llama.hidden_size, 1, generator=generator), response[None])
+    vectors = {"k_star": key, "direction": direction, "response": response}
+    return dataclasses.replace(rome_edit, modules=(upper, ModuleEdit(0, delta, vectors=vectors)))
+
+
+@pytest.mark.parametrize("multilayer", ["in_order", "frozen_keys"])
+def test_a_layer_is_trained_on_the_keys_it_will_meet(
+    tiny_llama: EditableLM, two_layers: Edit, forms: SubjectForms, pool: NegativePool, multilayer: str
+) -> None:
+    """Lowest layer first; the layer above sees ΔW below it, and the trained adapter there unless keys are frozen."""
+    hparams = dataclasses.replace(HPARAMS, steps=5, tau=0.0, multilayer=multilayer)
+    pools = {0: dataclasses.replace(pool, corpus=dataclasses.replace(pool.corpus, layer=0)), LAYER: pool}
+    trained = train_adapters(tiny_llama, two_layers, forms, pools=pools, templates=TEMPLATES, hparams=hparams)
+    assert tiny_llama.active_edits == []
+    lower = trained.module(0) if multilayer == "in_order" else two_layers.module(0)
+    with dataclasses.replace(trained, modules=(lower,)).applied(tiny_llama):
+        keys = cache_keys(tiny_llama, trained, LAYER, forms, pool, templates=TEMPLATES, hparams=hparams, seed=0)
+    start = KeyAdapter.initial(
+        tiny_llama.key_width(LAYER), rank=hparams.rank, gate_hidden=hparams.gate_hidden(tiny_llama.key_width(LAYER))
+    ).weights
+    expected, _ = fit(start, keys, hparams, seed=0)
+    for part, wanted in zip(trained.module(LAYER).adapters[0].weights, expected, strict=True):
+        torch.testing.assert_close(part, wanted)
+    clean = cache_keys(tiny_llama, trained, LAYER, forms, pool, templates=TEMPLATES, hparams=hparams, seed=0)
+    assert not torch.allclose(clean.positives, keys.positives, atol=1e-3)
+
+
 def test_refusals(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool) -> None:
     def train(edit: Edit, **changes: Any) -> Edit:
-        options = {"pool": pool, "templates": TEMPLATES, "hparams": HPARAMS, **changes}
-        return train_adapter(tiny_llama, edit, forms, **options)
+        options = {"pools": {LAYER: pool}, "templates": TEMPLATES, "hparams": HPARAMS, **changes}
+        return train_adapters(tiny_llama, edit, forms, **options)
 
     with pytest.raises(HparamError, match="needs negatives"):
-        train(rome_edit, pool=None)
+        train(rome_edit, pools={})
     elsewhere = dataclasses.replace(pool, corpus=dataclasses.replace(pool.corpus, layer=0))
     with pytest.raises(HparamError, match="keys of layer 0, the edit is at layer 1"):
-        train(rome_edit, pool=elsewhere)
+        train(rome_edit, pools={LAYER: elsewhere})
     with pytest.raises(HparamError, match=r"first context template must be the bare '{}', got \['Hello. {}'\]"):
         train(rome_edit, templates=("Hello. {}", "{}"))
     none = {"n_random": 0, "n_hard": 0, "n_subjects": 0, "n_other_tokens": 0}
@@ -205,11 +240,13 @@ def test_refusals(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, 
     with pytest.raises(HparamError, match="n_hard of at least 0, got -1"):
         RepHparams(n_hard=-1)
     with pytest.raises(HparamError, match="no other form of 'Slovenia' and no context"):
-        train_adapter(tiny_llama, rome_edit, SubjectForms(FACT), pool=pool, templates=("{}",), hparams=HPARAMS)
+        train_adapters(
+            tiny_llama, rome_edit, SubjectForms(FACT), pools={LAYER: pool}, templates=("{}",), hparams=HPARAMS
+        )
     with pytest.raises(HparamError, match="lacks the vectors"):
         train(dataclasses.replace(rome_edit, modules=(dataclasses.replace(rome_edit.modules[0], vectors={}),)))
-    with pytest.raises(HparamError, match="2 layers"):
-        train(dataclasses.replace(rome_edit, modules=(*rome_edit.modules, ModuleEdit(0))))
+    with pytest.raises(HparamError, match="multilayer 'both' is unknown"):
+        RepHparams(multilayer="both")
     with pytest.raises(HparamError, match="objective 'papers' is unknown"):
         RepHparams(objective="papers")
 
@@ -219,7 +256,7 @@ def test_the_edited_prompt_is_answered_as_without_the_adapter(
 ) -> None:
     """Every key of the bare prompt passes unchanged to rounding, even with a gate that is always open."""
     hparams = dataclasses.replace(HPARAMS, tau=0.0)
-    robust = train_adapter(tiny_llama, rome_edit, forms, pool=pool, templates=TEMPLATES, hparams=hparams)
+    robust = train_adapters(tiny_llama, rome_edit, forms, pools={LAYER: pool}, templates=TEMPLATES, hparams=hparams)
     with rome_edit.applied(tiny_llama):
         plain = tiny_llama.logits([FACT.text])
     with robust.applied(tiny_llama):
