@@ -13,6 +13,7 @@ from rep_fast.models.editable_lm import EditableLM
 from rep_fast.models.families import FAMILIES, BlockInputs, Layout
 from rep_fast.models.hooks import Captured
 from rep_fast.models.resume import SuffixState
+from rep_fast.models.rows import RowState, advance, enter_layer, read_rows
 from rep_fast.models.sites import SITE_KINDS, Site
 from rep_fast.models.tokens import Answer, Located
 
@@ -26,7 +27,11 @@ __all__ = [
     "EditableLM",
     "Layout",
     "Located",
+    "RowState",
     "Site",
     "SuffixState",
+    "advance",
     "context_templates",
+    "enter_layer",
+    "read_rows",
 ]

@@ -333,10 +333,7 @@ class EditableLM(LayeredModel):
 
     def _run_truncated(self, batch: Batch, sites: Sequence[Site]) -> None:
         """Run up to the deepest of `sites`; the caller's hooks on it have fired by then."""
-        # inside a layer the order of sites differs by family (GPT-J is parallel): the last one to fire ends the pass
-        deepest = max(site.layer for site in sites)
-        at_deepest = [site for site in sites if site.layer == deepest]
-        module, at_input = self._place(at_deepest[0] if len(at_deepest) == 1 else Site("hidden", deepest))
+        module, at_input = self._last_place(sites)
         run_until(module, lambda: self.run_base(batch), at_input=at_input)
 
     def suffix_state(self, batch: Batch, layer: int, starts: Sequence[int] | Tensor) -> SuffixState:
@@ -349,16 +346,24 @@ class EditableLM(LayeredModel):
         """
         return resume.suffix_state(self, batch, layer, starts)
 
-    def resume(self, state: SuffixState, hidden: Tensor, *, at: Sequence[Sequence[int]]) -> Tensor:
+    def resume(
+        self,
+        state: SuffixState,
+        hidden: Tensor,
+        *,
+        at: Sequence[Sequence[int]],
+        read_layers: Sequence[int] | None = None,
+    ) -> Tensor:
         """Logits [Σ, V] at absolute positions `at[j]`, from the residual stream `hidden` [n, S, D] leaving the layer.
 
         Equals the full forward in which `state.layer` hands on `hidden`; differentiable in `hidden` only: the model's
-        weights gather no gradient. Runs the layers above, the suffix tokens, and the head at `at`.
+        weights gather no gradient. Runs the layers above, the suffix tokens, and the head at `at`. read_layers: per row
+        the layer whose residual stream goes through final norm and head, default the last.
 
         Raises:
-            PromptError: a position before its row's start or beyond its end.
+            PromptError: a position before its row's start or beyond its end. LayerError: a layer below the state's.
         """
-        return resume.resume(self, state, hidden, at=at)
+        return resume.resume(self, state, hidden, at=at, read_layers=read_layers)
 
     def generate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -186,6 +187,13 @@ class LayeredModel:
         paths["attn_out"] = self.layout.attn_out
         path = self._gate_path() if kind == "gate" else paths[kind]
         return self._layer_module(layer, path), kind in ("key", "mlp_in")
+
+    def _last_place(self, sites: Sequence[tuple[str, int]]) -> tuple[nn.Module, bool]:
+        """The place whose hook fires when all of `sites` have been passed."""
+        # inside a layer the order of sites differs by family (GPT-J is parallel): the layer's end is after all of them
+        deepest = max(layer for _, layer in sites)
+        at_deepest = [site for site in sites if site[1] == deepest]
+        return self._place(at_deepest[0] if len(at_deepest) == 1 else ("hidden", deepest))
 
 
 def _not_linear(module: nn.Module, path: str, layer: int) -> str:

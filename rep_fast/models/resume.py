@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,18 +19,22 @@ from transformers import DynamicCache
 from rep_fast.errors import LayerError, PromptError
 from rep_fast.models.batch import Batch
 from rep_fast.models.families import BlockInputs, attention_window
-from rep_fast.models.hooks import first_tensor
+from rep_fast.models.hooks import captured_at, first_tensor
 from rep_fast.models.sites import Site
 
 if TYPE_CHECKING:
     from rep_fast.models.editable_lm import EditableLM
 
 
+# in place of a layer: the residual stream that enters layer 0
+EMBEDDINGS = -1
+
+
 @dataclass(frozen=True)
 class SuffixState:
     """What `resume` needs, all of it without gradient.
 
-    layer: l. starts, lengths: [n] int64. hidden: [n, S, D] residual stream leaving l for tokens starts[j] …, zero where
+    layer: l, or `EMBEDDINGS`. starts, lengths: [n] int64. hidden: [n, S, D] residual stream leaving l for tokens starts[j] …, zero where
     a row has fewer than S = max(lengths − starts) of them.
     """
 
@@ -45,6 +49,25 @@ class SuffixState:
     @property
     def n_rows(self) -> int:
         return self.hidden.shape[0]
+
+    def select(self, rows: Sequence[int]) -> SuffixState:
+        """The state of the given rows alone, in the given order."""
+        index = torch.tensor(list(rows), dtype=torch.int64)
+        masks: dict[int, Tensor] = {}  # layers share their masks, and go on sharing them
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, index.to(tensor.device))
+
+        def of_block(inputs: BlockInputs) -> BlockInputs:
+            mask = masks.setdefault(id(inputs.mask), chosen(inputs.mask))
+            rotary = None if inputs.rotary is None else (chosen(inputs.rotary[0]), chosen(inputs.rotary[1]))
+            past = PrefixCache(chosen(inputs.past.keys), chosen(inputs.past.values))
+            return BlockInputs(mask, chosen(inputs.position_ids), rotary, past)
+
+        return replace(
+            self, starts=chosen(self.starts), lengths=chosen(self.lengths), hidden=chosen(self.hidden),
+            bounds=tuple(self.bounds[row] for row in rows), inputs=tuple(map(of_block, self.inputs)),
+        )  # fmt: skip
 
 
 class PrefixCache:
@@ -63,13 +86,14 @@ class PrefixCache:
 
 def suffix_state(lm: EditableLM, batch: Batch, layer: int, starts: Sequence[int] | Tensor) -> SuffixState:
     """Run the whole batch once without gradient and keep what a resumed forward needs."""
-    layer = lm.check_layer(layer)
-    _check_attention(lm)
+    layer = layer if layer == EMBEDDINGS else lm.check_layer(layer)
+    check_attention(lm)
     batch = batch.to(lm.device)
     starts = _checked_starts(batch, starts)
     residual = Site("hidden", layer)
+    place = (lm.blocks[0], True) if layer == EMBEDDINGS else (lm.blocks[layer], False)
     cache = DynamicCache()  # without config: sliding layers too keep every token, the mask below hides the far ones
-    with torch.no_grad(), lm.capture([residual]) as seen:
+    with torch.no_grad(), captured_at({residual: place}) as seen:
         lm.run_base(batch, cache=cache)
         width = int((batch.lengths - starts).max())
         position_ids = starts[:, None] + torch.arange(width, device=starts.device)
@@ -85,22 +109,47 @@ def suffix_state(lm: EditableLM, batch: Batch, layer: int, starts: Sequence[int]
     return SuffixState(layer, starts, batch.lengths, hidden, bounds, inputs, weights)
 
 
-def resume(lm: EditableLM, state: SuffixState, hidden: Tensor, *, at: Sequence[Sequence[int]]) -> Tensor:
+def resume(
+    lm: EditableLM,
+    state: SuffixState,
+    hidden: Tensor,
+    *,
+    at: Sequence[Sequence[int]],
+    read_layers: Sequence[int] | None = None,
+) -> Tensor:
     """Logits [Σ, V] at absolute positions `at[j]` of each row, from `hidden` [n, S, D] leaving `state.layer`.
 
-    Differentiable in `hidden`. The model's own weights are held fixed for the pass, so that `backward` never fills
+    read_layers: per row the layer whose residual stream final norm and head read; None: the last. Differentiable in `hidden`. The model's own weights are held fixed for the pass, so that `backward` never fills
     their `.grad`. Blocks are called as modules: edits' hooks in layers above `state.layer` act, those at or below it
     are part of the state already.
     """
     if hidden.shape != state.hidden.shape:
         raise LayerError(f"hidden has shape {tuple(hidden.shape)}, the state needs {tuple(state.hidden.shape)}")
     rows, columns = _suffix_index(state, at)
-    blocks = lm.blocks[state.layer + 1 :]
-    run = lm.layout.run_block
+    read_at = _read_layers(lm, state, read_layers)[rows]
+    pieces: list[Tensor] = []
     with _weights_fixed(state.weights):
-        for block, inputs in zip(blocks, state.inputs, strict=True):
-            hidden = first_tensor(run(block, hidden, inputs))
-        return lm.head(lm.final_norm(hidden[rows.to(hidden.device), columns.to(hidden.device)]))
+        for layer in range(state.layer, int(read_at.max()) + 1):
+            if layer > state.layer:
+                inputs = state.inputs[layer - state.layer - 1]
+                hidden = first_tensor(lm.layout.run_block(lm.blocks[layer], hidden, inputs))
+            read = (read_at == layer).nonzero()[:, 0]
+            if len(read):
+                pieces.append(hidden[rows[read].to(hidden.device), columns[read].to(hidden.device)])
+        # pieces lie by layer, the answer goes row by row
+        order = torch.argsort(torch.argsort(read_at, stable=True)).to(hidden.device)
+        joined = pieces[0] if len(pieces) == 1 else torch.cat([piece.to(hidden.device) for piece in pieces])[order]
+        return lm.head(lm.final_norm(joined))
+
+
+def _read_layers(lm: EditableLM, state: SuffixState, read_layers: Sequence[int] | None) -> Tensor:
+    last = lm.n_layers - 1
+    chosen = [last] * state.n_rows if read_layers is None else [lm.check_layer(layer) for layer in read_layers]
+    if len(chosen) != state.n_rows:
+        raise PromptError(f"layers to read were given for {len(chosen)} rows, the state has {state.n_rows}")
+    if min(chosen) < state.layer:
+        raise LayerError(f"layer {min(chosen)} lies below layer {state.layer}, from which this forward is resumed")
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def _checked_starts(batch: Batch, starts: Sequence[int] | Tensor) -> Tensor:
@@ -124,15 +173,15 @@ def _block_inputs(
     for upper in range(layer + 1, lm.n_layers):
         window = attention_window(lm.config, upper)
         if window not in masks:
-            visible = _visible(starts, position_ids.shape[1], n_prefix, window)
-            masks[window] = _mask_for(lm, visible, hidden.dtype)
+            visible = visible_tokens(starts, position_ids.shape[1], n_prefix, window)
+            masks[window] = mask_for(lm, visible, hidden.dtype)
         stored: Any = cache.layers[upper]
         past = PrefixCache(stored.keys[:, :, :n_prefix].clone(), stored.values[:, :, :n_prefix].clone())
         inputs.append(BlockInputs(masks[window], position_ids, rotary, past))
     return tuple(inputs)
 
 
-def _visible(starts: Tensor, n_suffix: int, n_prefix: int, window: int | None) -> Tensor:
+def visible_tokens(starts: Tensor, n_suffix: int, n_prefix: int, window: int | None) -> Tensor:
     """[n, 1, S, P + S] bool: which prefix slots (padded to P) and suffix slots each suffix token attends to.
 
     Suffix pads come after every real token of their row, so causality alone hides them.
@@ -149,7 +198,7 @@ def _visible(starts: Tensor, n_suffix: int, n_prefix: int, window: int | None) -
     return torch.cat([past, own], dim=-1)[:, None]
 
 
-def _check_attention(lm: EditableLM) -> None:
+def check_attention(lm: EditableLM) -> None:
     implementation = lm.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise LayerError(
@@ -158,7 +207,7 @@ def _check_attention(lm: EditableLM) -> None:
         )
 
 
-def _mask_for(lm: EditableLM, visible: Tensor, dtype: torch.dtype) -> Tensor:
+def mask_for(lm: EditableLM, visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Boolean for sdpa, additive for eager attention."""
     if lm.config._attn_implementation == "sdpa":
         return visible

@@ -7,6 +7,7 @@ import torch
 
 from rep_fast.errors import LayerError, PromptError
 from rep_fast.models import Batch, Site
+from rep_fast.models.resume import EMBEDDINGS
 
 ROWS = [[5, 9, 12, 40, 41, 8, 3], [7, 7, 20], [30, 31, 32, 33, 34], [11]]
 STARTS = [2, 0, 4, 0]
@@ -128,6 +129,59 @@ def test_pads_do_not_matter(tiny_lm64):
     for ids, start, at, expected in zip(ROWS, STARTS, AT, together, strict=True):
         alone = tiny_lm64.suffix_state(Batch.from_rows([ids]), 1, [start])
         torch.testing.assert_close(tiny_lm64.resume(alone, alone.hidden, at=[at]), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_resume_from_the_embeddings(tiny_lm64):
+    """Layer −1: the stream entering layer 0, so that hooks of every layer act on the suffix."""
+    batch = Batch.from_rows(ROWS)
+    generator = torch.Generator().manual_seed(5)
+    delta = torch.randn(batch.n_rows, tiny_lm64.hidden_size, generator=generator, dtype=torch.float64)
+    expected = full_logits(tiny_lm64, batch, 0, delta, AT)
+    state = tiny_lm64.suffix_state(batch, EMBEDDINGS, STARTS)
+
+    def add(value):
+        changed = value.clone()
+        changed[:, 0] += delta
+        return changed
+
+    with tiny_lm64.patch(Site("value", 0), add):
+        found = tiny_lm64.resume(state, state.hidden, at=AT)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("read_layers", [[0, 0, 0, 0], [1, 2, 0, 2], [2, 2, 2, 2]])
+def test_rows_are_read_after_the_layers_asked_for(tiny_lm64, read_layers):
+    batch = Batch.from_rows(ROWS)
+    state = tiny_lm64.suffix_state(batch, 0, STARTS)
+    sites = [Site("hidden", layer) for layer in range(3)]
+    with tiny_lm64.capture(sites) as seen:
+        tiny_lm64.logits(batch)
+    streams = [
+        seen[sites[layer]][row, at] for row, (layer, positions) in enumerate(zip(read_layers, AT, strict=True))
+        for at in positions
+    ]  # fmt: skip
+    expected = tiny_lm64.head(tiny_lm64.final_norm(torch.stack(streams)))
+    found = tiny_lm64.resume(state, state.hidden, at=AT, read_layers=read_layers)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [[2, 0], [3], [0, 1, 2, 3]])
+def test_a_selection_gives_what_the_whole_gives(tiny_lm64, rows):
+    state = tiny_lm64.suffix_state(Batch.from_rows(ROWS), 0, STARTS)
+    whole = tiny_lm64.resume(state, state.hidden, at=AT).split([len(at) for at in AT])
+    part = state.select(rows)
+    found = tiny_lm64.resume(part, part.hidden, at=[AT[row] for row in rows])
+    torch.testing.assert_close(found, torch.cat([whole[row] for row in rows]), rtol=1e-10, atol=1e-10)
+
+
+def test_layers_that_cannot_be_read_are_named(tiny_llama64):
+    state = tiny_llama64.suffix_state(Batch.from_rows(ROWS), 1, STARTS)
+    with pytest.raises(LayerError, match="layer 0 lies below layer 1"):
+        tiny_llama64.resume(state, state.hidden, at=AT, read_layers=[2, 2, 0, 2])
+    with pytest.raises(LayerError, match="layer 3"):
+        tiny_llama64.resume(state, state.hidden, at=AT, read_layers=[3] * 4)
+    with pytest.raises(PromptError, match="2 rows, the state has 4"):
+        tiny_llama64.resume(state, state.hidden, at=AT, read_layers=[2, 2])
 
 
 @pytest.mark.parametrize(
