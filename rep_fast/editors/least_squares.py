@@ -1,8 +1,8 @@
 """The closed form behind MEMIT, EMMET, PMET and AlphaEdit, in n×n systems (methods §5.3 to §5.7).
 
 All four minimise ‖ΔW K − R‖² + ‖ΔW K_past‖² + ridge·tr(ΔW N⁻¹ ΔWᵀ) for a metric N on key space: C⁻¹ for MEMIT and its
-kin (disturb the corpus least), the null-space projector P for AlphaEdit (do not disturb it at all). With A = [K, K_past]
-and E the first n columns of the identity the solution is
+kin (disturb the corpus least), the null-space projector P for AlphaEdit (do not disturb it at all). With
+A = [K, K_past] and E the first n columns of the identity the solution is
 
   ΔW = R Eᵀ (ridge·I + AᵀNA)⁻¹ (NA)ᵀ,
 

@@ -34,8 +34,8 @@ EMBEDDINGS = -1
 class SuffixState:
     """What `resume` needs, all of it without gradient.
 
-    layer: l, or `EMBEDDINGS`. starts, lengths: [n] int64. hidden: [n, S, D] residual stream leaving l for tokens starts[j] …, zero where
-    a row has fewer than S = max(lengths − starts) of them.
+    layer: l, or `EMBEDDINGS`. starts, lengths: [n] int64. hidden: [n, S, D] residual stream leaving l for tokens
+    starts[j] …, zero where a row has fewer than S = max(lengths − starts) of them.
     """
 
     layer: int
@@ -119,9 +119,10 @@ def resume(
 ) -> Tensor:
     """Logits [Σ, V] at absolute positions `at[j]` of each row, from `hidden` [n, S, D] leaving `state.layer`.
 
-    read_layers: per row the layer whose residual stream final norm and head read; None: the last. Differentiable in `hidden`. The model's own weights are held fixed for the pass, so that `backward` never fills
-    their `.grad`. Blocks are called as modules: edits' hooks in layers above `state.layer` act, those at or below it
-    are part of the state already.
+    read_layers: per row the layer whose residual stream final norm and head read; None: the last. Differentiable in
+    `hidden`. The model's own weights are held fixed for the pass, so that `backward` never fills their `.grad`. Blocks
+    are called as modules: edits' hooks in layers above `state.layer` act, those at or below it are part of the state
+    already.
     """
     if hidden.shape != state.hidden.shape:
         raise LayerError(f"hidden has shape {tuple(hidden.shape)}, the state needs {tuple(state.hidden.shape)}")
