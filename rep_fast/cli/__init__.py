@@ -11,6 +11,7 @@ from rep_fast.cli.bench import bench
 from rep_fast.cli.demo import demo
 from rep_fast.cli.doctor import doctor
 from rep_fast.cli.edit import edit
+from rep_fast.cli.edits import app as edits_app
 from rep_fast.cli.evaluate import evaluate
 from rep_fast.cli.factworld import train
 from rep_fast.cli.moments import moments
@@ -41,6 +42,7 @@ for _command in (demo, edit, evaluate, scan, trace, moments, bench, doctor):
     app.command(_command.__name__)(_command)
 factworld_app.command("train")(train)
 app.add_typer(factworld_app, name="factworld")
+app.add_typer(edits_app, name="edits")
 
 
 def main() -> None:

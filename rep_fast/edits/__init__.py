@@ -9,12 +9,14 @@ from rep_fast.edits.edit import Edit, ModuleEdit
 from rep_fast.edits.key_adapter import KeyAdapter
 from rep_fast.edits.low_rank import LowRank
 from rep_fast.edits.slices import Slices
+from rep_fast.edits.stack import EditStack
 
 __all__ = [
     "AppliedEdit",
     "Delta",
     "Dense",
     "Edit",
+    "EditStack",
     "KeyAdapter",
     "LowRank",
     "ModuleEdit",

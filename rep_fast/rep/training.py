@@ -1,7 +1,7 @@
 """Training the key adapters of an edit, one per edited layer, on cached keys.
 
 The keys of a layer depend neither on the edit at that layer nor on the adapter, so every key is computed once, by a
-forward truncated at the layer; all steps then run on cached vectors (methods §6.4). With several layers the lowest comes
+forward truncated at the layer; all steps then run on cached vectors (methods §6.4). With several layers the lowest is
 first: what it and its trained adapter do to the stream is in the keys of the next one, as it will be at inference.
 """
 

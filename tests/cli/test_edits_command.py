@@ -1,0 +1,77 @@
+"""`rep-fast edits` on edits of a tiny random model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def saved(rep_fast, tiny_model, corpus, settings, tmp_path) -> list[Path]:
+    """Two saved edits, the second with an adapter."""
+    files = []
+    for number, (subject, more) in enumerate((("Slovenia", []), ("Kobe Bryant", ["--rep"]))):
+        file = tmp_path / f"edit{number}.safetensors"
+        done = rep_fast(
+            "edit", "--model", tiny_model, "--prompt", "{} belongs to the continent of", "--subject", subject,
+            "--target", "Antarctica", "--text", corpus, *settings, "--save", file, *more,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        files.append(file)
+    return files
+
+
+def test_show_list_and_diff(rep_fast, saved):
+    shown = rep_fast("edits", "show", saved[1])
+    assert shown.code == 0, shown.err
+    assert "Kobe Bryant belongs to the continent of → Antarctica" in shown.out
+    assert "low_rank" in shown.out
+    found = rep_fast("edits", "show", saved[1], "--json").json
+    assert found["facts"][0]["subject"] == "Kobe Bryant"
+    assert found["modules"][0]["adapters"][0]["trained_for"] == ["Kobe Bryant"]
+    listed = rep_fast("edits", "list", saved[0].parent, "--json").json
+    assert [one["facts"][0]["subject"] for one in listed["edits"]] == ["Slovenia", "Kobe Bryant"]
+    assert listed["is_stack"] is False
+    different = rep_fast("edits", "diff", *saved, "--json").json
+    assert different["only_first"][0]["subject"] == "Slovenia"
+    assert different["modules"][0]["adapters"] == [0, 1]
+    assert -1 <= different["modules"][0]["cosine"] <= 1
+    same = rep_fast("edits", "diff", saved[0], saved[0], "--json").json
+    assert same["modules"][0]["cosine"] == pytest.approx(1.0)
+    assert same["only_first"] == same["only_second"] == []
+
+
+def test_stack_ask_and_undo(rep_fast, saved, tiny_model, tmp_path):
+    place = tmp_path / "stack"
+    prompt = "Slovenia belongs to the continent of"
+    assert rep_fast("edits", "stack", place, *saved).code == 0
+    assert len(rep_fast("edits", "list", place, "--json").json["edits"]) == 2
+    asked = rep_fast("edits", "ask", place, prompt, "--model", tiny_model, "--json").json
+    assert asked["edits"] == 2
+    alone = rep_fast("edits", "ask", saved[0], prompt, "--model", tiny_model, "--json").json
+    assert alone["answers"][0]["before"] == asked["answers"][0]["before"]
+    undone = rep_fast("edits", "undo", place, "--number", "1", "--json").json
+    assert Path(undone["undone"]).is_file()
+    assert [one["facts"][0]["subject"] for one in rep_fast("edits", "list", place, "--json").json["edits"]] == [
+        "Kobe Bryant"
+    ]
+    assert rep_fast("edits", "stack", place, saved[0]).code == 0
+
+
+def test_mistakes_are_one_sentence(rep_fast, saved, tiny_model, tmp_path):
+    place = tmp_path / "stack"
+    assert rep_fast("edits", "stack", place, saved[0], "--compose", "mix").code == 2
+    assert rep_fast("edits", "stack", place, saved[0]).code == 0
+    assert rep_fast("edits", "stack", place, saved[1], "--compose", "sum").code == 2
+    for arguments, message in (
+        (("show", tmp_path / "none"), "there is no edit file"),
+        (("list", tmp_path / "cache"), "there are no edits in"),
+        (("undo", place, "--number", "7"), "there is no number 7"),
+        (("undo", tmp_path / "nothing"), "there is no stack of edits"),
+        (("ask", place, "x", "--model", "factworld"), "made for"),
+    ):
+        done = rep_fast("edits", *arguments)
+        assert done.code == 1
+        assert message in done.err
+        assert done.err.count("\n") == 1
