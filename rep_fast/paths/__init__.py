@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from rep_fast.paths.node_scores import LayerTrace, NodeScores, Trace, score_nodes, trace_answers
+from rep_fast.paths.node_scores import NodeScores, score_nodes
 from rep_fast.paths.selection import LayerMap, NodeSet, Path, PathSelection, layer_map, select
+from rep_fast.paths.tracing import LayerTrace, Trace, target_nll, trace_answers
 
 __all__ = [
     "LayerMap",
@@ -16,5 +17,6 @@ __all__ = [
     "layer_map",
     "score_nodes",
     "select",
+    "target_nll",
     "trace_answers",
 ]

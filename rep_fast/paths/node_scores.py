@@ -17,11 +17,14 @@ from torch import Tensor
 from rep_fast import ops
 from rep_fast.errors import HparamError, PromptError
 from rep_fast.facts import Fact
-from rep_fast.models import Answer, Batch, EditableLM, Site
+from rep_fast.models import EditableLM
+from rep_fast.paths.gradient_sums import summed_gradient_scores, trace_bytes
+from rep_fast.paths.tracing import LayerTrace, Trace, trace_answers, within_budget
 
 SCORES = ("sum", "abs_sum", "l2", "gxw", "zabs")
 KEY_NODES = ("up", "gate", "up+gate")
 TARGETS = ("new", "true")
+MEMORY_BUDGET = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -46,32 +49,14 @@ class NodeScores:
     def n_layers(self) -> int:
         return self.key.shape[0]
 
+    def at(self, layers: Sequence[int]) -> NodeScores:
+        """The scores of these layers alone, in this order."""
+        rows = list(layers)
+        return NodeScores(self.key[rows], self.value[rows], self.score, self.k_node, self.nll)
+
     def lists(self) -> list[Tensor]:
         """The 2L independent lists [M] a path picks from: key of layer 0, value of layer 0, key of layer 1, …"""
         return [scores[layer] for layer in range(self.n_layers) for scores in (self.key, self.value)]
-
-
-@dataclass(frozen=True)
-class LayerTrace:
-    """Input and upstream gradient of one linear map over T real tokens; G = xᵀg is its weight gradient.
-
-    x: [T, D_in]. g: [T, D_out]. Where asked for: output [T, D_out], x·W without bias; input_gradient [T, D_in] ∂L/∂x.
-    """
-
-    x: Tensor
-    g: Tensor
-    output: Tensor | None = None
-    input_gradient: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one backward pass leaves: per layer the traces of its MLP's linear maps, and the NLL of each fact."""
-
-    up: list[LayerTrace]
-    gate: list[LayerTrace]
-    down: list[LayerTrace]
-    nll: tuple[float, ...]
 
 
 def score_nodes(
@@ -83,6 +68,8 @@ def score_nodes(
     target: str = "new",
     target_tok: str = "in_context",
     token_budget: int = 4096,
+    memory_budget: int = MEMORY_BUDGET,
+    with_edits: bool = False,
 ) -> NodeScores:
     """Score every node for one fact, or for the summed loss of several.
 
@@ -94,87 +81,31 @@ def score_nodes(
         k_node: "up" (default), or for gated MLPs "gate" or "up+gate" (both scores added).
         target: "new" or "true", the target whose NLL is traced.
         token_budget: tokens per forward and backward pass.
+        memory_budget: bytes for what `zabs`, `l2` and `abs_sum` of several facts keep: their traces, O(T L (D + M)), or
+            where these take more the summed gradients of a group of layers at a time.
+        with_edits: trace the model as it stands, with the edits that are active on it.
     Raises:
         HparamError: unknown option, gate asked of a plain MLP, no facts, or edits are active on the model.
         PromptError: target "true" of a fact that has none.
-    Cost: one forward and one backward for activations, plus the scores. `zabs`, `l2` and `abs_sum` of several facts
-        keep the traces of all of them, O(T L (D + M)); `sum` and `gxw` add up pass by pass.
+    Cost: one forward and one backward for activations, plus the scores; several facts beyond `memory_budget` take that
+        once per group of layers. `sum` and `gxw` add up pass by pass.
     """
     chosen = [facts] if isinstance(facts, Fact) else list(facts)
-    _check_options(lm, chosen, score, k_node, target)
+    _check_options(lm, chosen, score, k_node, target, with_edits)
     answers = [lm.answer(fact.text, _target_of(fact, target), mode=target_tok) for fact in chosen]
+    is_linear = score in ("sum", "gxw")
+    if not is_linear and len(answers) > 1 and trace_bytes(lm, answers, k_node) > memory_budget:
+        key, value, nll = summed_gradient_scores(
+            lm, answers, score=score, k_node=k_node, token_budget=token_budget, memory_budget=memory_budget
+        )
+        return NodeScores(key, value, score, k_node, nll)
     traces = (
         trace_answers(lm, group, gate="gate" in k_node, products=score == "gxw")
-        for group in _within_budget(answers, token_budget)
+        for group in within_budget(answers, token_budget)
     )
-    if score in ("sum", "gxw"):
+    if is_linear:
         return _summed(traces, score, k_node)
     return _scored(_joined(list(traces)), score, k_node)
-
-
-def trace_answers(lm: EditableLM, answers: Sequence[Answer], *, gate: bool = False, products: bool = False) -> Trace:
-    """One forward and one backward pass; gradients exist for activations at MLP linears only, never for weights.
-
-    Args:
-        gate: trace the gate-projection as well.
-        products: keep x·W of the up- and gate- and ∂L/∂x of the down-projections too, which `gxw` needs.
-    """
-    batch = Batch.from_rows([answer.input_ids for answer in answers], device=lm.device)
-    kinds = ["mlp_in", "up", *(["gate"] if gate else []), "key", "value"]
-    sites = {kind: [Site(kind, layer) for layer in range(lm.n_layers)] for kind in kinds}
-    # Without any weight that requires a gradient, the graph starts where the first MLP reads its input.
-    start = lm.patch(Site("mlp_in", 0), lambda tensor: tensor.detach().requires_grad_())
-    wanted = ["up", *(["gate"] if gate else []), "value", *(["key"] if products else [])]
-    with torch.enable_grad(), start, lm.capture([site for own in sites.values() for site in own]) as seen:
-        logits = lm.logits(batch, at=[list(answer.positions) for answer in answers])
-        losses = _target_nll(logits, answers)
-        asked = [seen[site] for kind in wanted for site in sites[kind]]
-        # Only the activations are inputs here: autograd never forms the gradient of a weight.
-        gradients = iter(torch.autograd.grad(losses.sum(), asked))
-    real = batch.is_real
-    upstream = {
-        kind: [next(gradients)[real.to(s.device)] for s in map(seen.__getitem__, sites[kind])] for kind in wanted
-    }
-    read = {kind: [seen[site].detach()[real.to(seen[site].device)] for site in sites[kind]] for kind in kinds}
-    return Trace(
-        up=_key_traces(lm, read, upstream, "up", products),
-        gate=_key_traces(lm, read, upstream, "gate", products) if gate else [],
-        down=_down_traces(read, upstream, products),
-        nll=tuple(losses.tolist()),
-    )
-
-
-def _target_nll(logits: Tensor, answers: Sequence[Answer]) -> Tensor:
-    """Mean NLL per target token of each answer, [n]."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    targets = torch.tensor([token for answer in answers for token in answer.target_ids], device=wide.device)
-    nll = -wide.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
-    return torch.stack([own.mean() for own in nll.split([len(answer.target_ids) for answer in answers])])
-
-
-Activations = dict[str, list[Tensor]]
-
-
-def _key_traces(
-    lm: EditableLM, read: Activations, upstream: Activations, kind: str, products: bool
-) -> list[LayerTrace]:
-    outputs: list[Tensor | None] = [None] * lm.n_layers
-    if products:
-        outputs = [_without_bias(lm, layer, kind, output) for layer, output in enumerate(read[kind])]
-    return [LayerTrace(*parts) for parts in zip(read["mlp_in"], upstream[kind], outputs, strict=True)]
-
-
-def _without_bias(lm: EditableLM, layer: int, kind: str, output: Tensor) -> Tensor:
-    path = lm.layout.up if kind == "up" else lm.layout.gate
-    bias = getattr(lm.blocks[layer].get_submodule(path), "bias", None)
-    return output if bias is None else output - bias.detach()
-
-
-def _down_traces(read: Activations, upstream: Activations, products: bool) -> list[LayerTrace]:
-    return [
-        LayerTrace(key, g, input_gradient=upstream["key"][layer] if products else None)
-        for layer, (key, g) in enumerate(zip(read["key"], upstream["value"], strict=True))
-    ]
 
 
 def _scored(trace: Trace, score: str, k_node: str) -> NodeScores:
@@ -239,18 +170,6 @@ def _joined_layers(parts: Sequence[Sequence[LayerTrace]]) -> list[LayerTrace]:
     ]
 
 
-def _within_budget(answers: Sequence[Answer], token_budget: int) -> Iterator[list[Answer]]:
-    """Consecutive answers whose padded batch holds at most `token_budget` tokens (one answer at least)."""
-    group: list[Answer] = []
-    for answer in answers:
-        longest = max(len(a.input_ids) for a in [*group, answer])
-        if group and (len(group) + 1) * longest > token_budget:
-            yield group
-            group = []
-        group.append(answer)
-    yield group
-
-
 def _target_of(fact: Fact, target: str) -> str:
     if target == "new":
         return fact.target_new
@@ -259,7 +178,9 @@ def _target_of(fact: Fact, target: str) -> str:
     return fact.target_true
 
 
-def _check_options(lm: EditableLM, facts: Sequence[Fact], score: str, k_node: str, target: str) -> None:
+def _check_options(
+    lm: EditableLM, facts: Sequence[Fact], score: str, k_node: str, target: str, with_edits: bool
+) -> None:
     for name, value, known in (("score", score, SCORES), ("k_node", k_node, KEY_NODES), ("target", target, TARGETS)):
         if value not in known:
             raise HparamError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
@@ -267,7 +188,7 @@ def _check_options(lm: EditableLM, facts: Sequence[Fact], score: str, k_node: st
         raise HparamError("no facts to trace; give at least one")
     if "gate" in k_node and lm.layout.gate is None:
         raise HparamError(f"k_node={k_node!r} needs a gated MLP, {lm.family} has a plain one; use k_node='up'")
-    if lm.active_edits:
+    if lm.active_edits and not with_edits:
         raise HparamError(
-            f"{len(lm.active_edits)} edits are active on {lm.name!r}; undo them, tracing reads the original"
+            f"{len(lm.active_edits)} edits are active on {lm.name!r}; undo them, or trace with_edits=True"
         )

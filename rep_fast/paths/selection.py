@@ -42,7 +42,7 @@ class PathSelection:
 
     Attributes:
         positive: nodes that carry the fact.
-        negative: the path of lowest score, one node per list, which keeps the unedited model's own prediction.
+        negative: the nodes of lowest score, by default one per list, which keep the unedited model's own prediction.
         paths: the best paths in order of score; empty for mode "per_list".
         mode, top: how they were selected.
     """
@@ -62,31 +62,28 @@ class LayerMap:
     value: Tensor
 
 
-def select(scores: NodeScores, *, top: int = 15, mode: str = "per_list") -> PathSelection:
+def select(scores: NodeScores, *, top: int = 15, bottom: int = 1, mode: str = "per_list") -> PathSelection:
     """Select nodes by score.
 
     "per_list" takes the `top` best nodes of each of the 2L lists (2L·top nodes); "kbest" the union of the exact `top`
-    best paths (at most 2L + top − 1 nodes). Ties go to the lower node number. The negative path takes the lowest node
-    of every list.
+    best paths (at most 2L + top − 1 nodes). Negative are likewise the `bottom` lowest nodes of every list, or the union
+    of the `bottom` lowest paths; with bottom=1 both are the lowest node of every list. Ties: the lower node number.
 
     Raises:
-        HparamError: unknown mode, or top out of range.
+        HparamError: unknown mode, or top or bottom out of range.
     """
     if mode not in MODES:
         raise HparamError(f"mode={mode!r} is unknown; choose one of {', '.join(MODES)}")
     width = scores.key.shape[1]
-    if top < 1 or (mode == "per_list" and top > width):
-        raise HparamError(f"top={top} is out of range; choose 1 to {width}, the width of a list")
-    negative = NodeSet(_lowest(scores.key), _lowest(scores.value))
+    for name, count in (("top", top), ("bottom", bottom)):
+        if count < 1 or (mode == "per_list" and count > width):
+            raise HparamError(f"{name}={count} is out of range; choose 1 to {width}, the width of a list")
     if mode == "per_list":
-        return PathSelection(NodeSet(_best(scores.key, top), _best(scores.value, top)), negative, (), mode, top)
-    # lists() alternates key and value
-    found = [Path(score, nodes[0::2], nodes[1::2]) for score, nodes in ops.kbest_paths(scores.lists(), top)]
-    positive = NodeSet(
-        key=tuple(tuple(sorted({path.key[layer] for path in found})) for layer in range(scores.n_layers)),
-        value=tuple(tuple(sorted({path.value[layer] for path in found})) for layer in range(scores.n_layers)),
-    )
-    return PathSelection(positive, negative, tuple(found), mode, top)
+        positive = NodeSet(_best(scores.key, top), _best(scores.value, top))
+        negative = NodeSet(_best(-scores.key, bottom), _best(-scores.value, bottom))
+        return PathSelection(positive, negative, (), mode, top)
+    found, lowest = _paths(scores.lists(), top), _paths([-own for own in scores.lists()], bottom)
+    return PathSelection(_nodes_of(found), _nodes_of(lowest), found, mode, top)
 
 
 def layer_map(scores: NodeScores, nodes: NodeSet) -> LayerMap:
@@ -99,9 +96,17 @@ def _best(scores: Tensor, top: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted(row)) for row in ranked.tolist())
 
 
-def _lowest(scores: Tensor) -> tuple[tuple[int, ...], ...]:
-    lowest = scores.sort(dim=1, stable=True).indices[:, :1]
-    return tuple(tuple(row) for row in lowest.tolist())
+def _paths(lists: list[Tensor], count: int) -> tuple[Path, ...]:
+    # the lists alternate key and value
+    return tuple(Path(score, nodes[0::2], nodes[1::2]) for score, nodes in ops.kbest_paths(lists, count))
+
+
+def _nodes_of(paths: tuple[Path, ...]) -> NodeSet:
+    layers = range(len(paths[0].key))
+    return NodeSet(
+        key=tuple(tuple(sorted({path.key[layer] for path in paths})) for layer in layers),
+        value=tuple(tuple(sorted({path.value[layer] for path in paths})) for layer in layers),
+    )
 
 
 def _means(scores: Tensor, nodes: tuple[tuple[int, ...], ...]) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rep_fast.edits import Dense, Edit, ModuleEdit
 from rep_fast.errors import HparamError, PromptError
 from rep_fast.facts import Fact
 from rep_fast.paths import score_nodes, trace_answers
@@ -229,3 +230,17 @@ def test_active_edits_are_refused(build_lm):
     lm.active_edits.append(object())
     with pytest.raises(HparamError, match="1 edits are active"):
         score_nodes(lm, FACTS[0])
+
+
+def test_a_trace_with_edits_is_that_of_the_edited_weights(build_lm):
+    lm = build_lm("llama", dtype=torch.float64)
+    matrix = torch.randn(
+        lm.hidden_size, lm.key_width(1), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    edit = Edit((FACTS[0],), "x", {}, lm.fingerprint, (ModuleEdit(1, Dense(0.1 * matrix)),))
+    with edit.applied(lm, "hook"):
+        ours = score_nodes(lm, FACTS[0], with_edits=True)
+    with edit.applied(lm, "merge"):
+        own = weight_gradients(lm, FACTS[:1])
+    for layer in range(lm.n_layers):
+        assert_close(ours.value[layer], scores_of(*own[layer]["down"], "zabs")[1])

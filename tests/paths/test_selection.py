@@ -85,6 +85,29 @@ def test_negative_path_is_the_lowest_of_all(mode):
     assert lowest == pytest.approx(all_paths(scores)[-1], abs=1e-12)
 
 
+def test_several_negative_nodes_per_list_and_several_lowest_paths():
+    scores = make_scores(3)
+    per_list = select(scores, top=1, bottom=2).negative
+    for layer in range(L):
+        assert set(per_list.key[layer]) == set((-scores.key[layer]).topk(2).indices.tolist())
+    lowest = select(scores, top=1, bottom=3, mode="kbest").negative
+    three = sorted(
+        itertools.product(*([range(M)] * (2 * L))),
+        key=lambda nodes: path_score(scores, nodes[0::2], nodes[1::2]),
+    )[:3]
+    for layer in range(L):
+        assert set(lowest.key[layer]) == {nodes[2 * layer] for nodes in three}
+        assert set(lowest.value[layer]) == {nodes[2 * layer + 1] for nodes in three}
+
+
+def test_scores_of_some_layers():
+    scores = make_scores(layers=3)
+    some = scores.at([2, 0])
+    assert some.n_layers == 2
+    assert torch.equal(some.key[0], scores.key[2])
+    assert torch.equal(some.value[1], scores.value[0])
+
+
 def test_layer_map_means_over_selected_nodes():
     scores = make_scores(layers=3, width=10)
     nodes = NodeSet(((0, 4), (1,), ()), ((2,), (3, 5), (9,)))
@@ -100,5 +123,8 @@ def test_options_are_checked():
     for top in (0, M + 1):
         with pytest.raises(HparamError, match=f"top={top}"):
             select(make_scores(), top=top)
+    for mode in ("per_list", "kbest"):
+        with pytest.raises(HparamError, match="bottom=0"):
+            select(make_scores(), top=1, bottom=0, mode=mode)
     with pytest.raises(HparamError, match="top=0"):
         select(make_scores(), top=0, mode="kbest")
