@@ -1,8 +1,8 @@
 """Teacher-forced scoring of (prompt, target) pairs in few batches.
 
 A plan is made once for a set of pairs and may be run many times, once per edit: texts are tokenised once, inputs that
-are equal or a prefix of one another share a row (a causal model gives the shared tokens the same logits), rows of
-similar length share a batch, and the language-model head runs at answer positions only.
+are equal or a prefix of one another share a row where their prompts are equally long (the shared tokens then get the
+same logits), rows of similar length share a batch, and the language-model head runs at answer positions only.
 """
 
 from __future__ import annotations
@@ -52,8 +52,16 @@ class TargetScore:
 @dataclass
 class _Row:
     ids: tuple[int, ...]
-    subject_position: int | None
+    setting: tuple[int, int]
     askers: list[int]
+
+    @property
+    def subject_position(self) -> int | None:
+        return self.setting[0] if self.setting[0] >= 0 else None
+
+    @property
+    def prompt_length(self) -> int:
+        return self.setting[1]
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ def plan_scoring(
         TokenizationError: a text is longer than the model's table of positions.
     """
     answers = [lm.answer(q.prompt, q.target, mode=target_tok) for q in questions]
-    rows = _shared_rows([tuple(a.input_ids) for a in answers], [q.subject_position for q in questions])
+    settings = [(_or_minus_one(q.subject_position), a.prompt_length) for q, a in zip(questions, answers, strict=True)]
+    rows = _shared_rows([a.input_ids for a in answers], settings)
     for row in rows:
         lm.check_length(len(row.ids))
     batches = [_plan_batch(lm, group, answers) for group in _groups_by_length(rows, token_budget)]
@@ -135,21 +144,20 @@ def score_targets(
     return run_scoring(lm, plan)
 
 
-def _shared_rows(inputs: Sequence[tuple[int, ...]], subject_positions: Sequence[int | None]) -> list[_Row]:
-    """One row per input that is not a prefix of another one with the same subject position."""
+def _shared_rows(inputs: Sequence[tuple[int, ...]], settings: Sequence[tuple[int, int]]) -> list[_Row]:
+    """One row per input that is not a prefix of another one of the same setting.
+
+    settings: (subject position or -1, prompt length); edits may act by either, so rows that differ in them stay apart.
+    """
     # In lexicographic order a prefix stands directly before its extensions: walking backwards meets the longest first.
-    order = sorted(range(len(inputs)), key=lambda i: (_or_minus_one(subject_positions[i]), inputs[i]), reverse=True)
+    order = sorted(range(len(inputs)), key=lambda i: (settings[i], inputs[i]), reverse=True)
     rows: list[_Row] = []
     for i in order:
         last = rows[-1] if rows else None
-        if (
-            last is not None
-            and last.subject_position == subject_positions[i]
-            and last.ids[: len(inputs[i])] == inputs[i]
-        ):
+        if last is not None and last.setting == settings[i] and last.ids[: len(inputs[i])] == inputs[i]:
             last.askers.append(i)
         else:
-            rows.append(_Row(inputs[i], subject_positions[i], [i]))
+            rows.append(_Row(inputs[i], settings[i], [i]))
     return rows
 
 
@@ -187,7 +195,9 @@ def _plan_batch(lm: EditableLM, rows: Sequence[_Row], answers: Sequence[Answer])
         at.append(positions)
         offset += len(positions)
     return PlannedBatch(
-        batch=Batch.from_rows([row.ids for row in rows], device=lm.device),
+        batch=Batch.from_rows(
+            [row.ids for row in rows], prompt_lengths=[row.prompt_length for row in rows], device=lm.device
+        ),
         at=at,
         subject_positions=[row.subject_position for row in rows],
         questions=questions,

@@ -11,6 +11,7 @@ from rep_fast.models.batch import Batch
 from rep_fast.models.context_templates import context_templates
 from rep_fast.models.editable_lm import EditableLM
 from rep_fast.models.families import FAMILIES, BlockInputs, Layout
+from rep_fast.models.forward_pass import ForwardPass
 from rep_fast.models.hooks import Captured
 from rep_fast.models.resume import SuffixState
 from rep_fast.models.rows import RowState, advance, enter_layer, read_rows
@@ -25,6 +26,7 @@ __all__ = [
     "BlockInputs",
     "Captured",
     "EditableLM",
+    "ForwardPass",
     "Layout",
     "Located",
     "RowState",

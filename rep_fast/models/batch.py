@@ -12,25 +12,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rep_fast.errors import TokenizationError
+from rep_fast.errors import PromptError, TokenizationError
 
 
 @dataclass(frozen=True)
 class Batch:
     """Token rows of different length, padded on the right.
 
-    input_ids: [n, T] int64, T the longest row. lengths: [n] int64, each in 1..T, same device.
+    input_ids: [n, T] int64, T the longest row. lengths: [n] int64, each in 1..T, same device. prompt_lengths: [n]
+    int64, each in 1..length: how many of a row's tokens are its prompt, what follows being a target; None: all.
     """
 
     input_ids: Tensor
     lengths: Tensor
+    prompt_lengths: Tensor | None = None
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Sequence[int]], *, pad_id: int = 0, device: torch.device | None = None) -> Batch:
+    def from_rows(
+        cls,
+        rows: Sequence[Sequence[int]],
+        *,
+        prompt_lengths: Sequence[int] | None = None,
+        pad_id: int = 0,
+        device: torch.device | None = None,
+    ) -> Batch:
         """Pad rows of ids.
 
         Raises:
             TokenizationError: no rows, or a row without tokens.
+            PromptError: not one prompt length per row, or one outside its row.
         """
         if not rows:
             raise TokenizationError("a batch needs at least one text, got none")
@@ -40,7 +50,10 @@ class Batch:
         width = max(len(row) for row in rows)
         ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
-        return cls(ids, lengths)
+        if prompt_lengths is None:
+            return cls(ids, lengths)
+        _check_prompt_lengths(rows, prompt_lengths)
+        return cls(ids, lengths, torch.tensor(prompt_lengths, dtype=torch.int64, device=device))
 
     @property
     def n_rows(self) -> int:
@@ -75,10 +88,12 @@ class Batch:
         """The given rows in the given order, cut to the longest of them."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.input_ids.device)
         lengths = self.lengths[index]
-        return Batch(self.input_ids[index, : int(lengths.max())], lengths)
+        prompts = None if self.prompt_lengths is None else self.prompt_lengths[index]
+        return Batch(self.input_ids[index, : int(lengths.max())], lengths, prompts)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.input_ids.to(device), self.lengths.to(device))
+        prompts = None if self.prompt_lengths is None else self.prompt_lengths.to(device)
+        return Batch(self.input_ids.to(device), self.lengths.to(device), prompts)
 
     def chunks(self, max_tokens: int) -> Iterator[list[int]]:
         """Row numbers in groups of similar length whose padded size stays within `max_tokens` (one row at least)."""
@@ -89,3 +104,11 @@ class Batch:
             per_chunk = max(1, max_tokens // lengths[order[begin]])
             yield order[begin : begin + per_chunk]
             begin += per_chunk
+
+
+def _check_prompt_lengths(rows: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> None:
+    if len(prompt_lengths) != len(rows):
+        raise PromptError(f"{len(prompt_lengths)} prompt lengths were given for {len(rows)} rows; give one per row")
+    for number, (row, length) in enumerate(zip(rows, prompt_lengths, strict=True)):
+        if not 1 <= length <= len(row):
+            raise PromptError(f"the prompt of row {number} cannot have {length} of its {len(row)} tokens")

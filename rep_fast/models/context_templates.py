@@ -27,7 +27,7 @@ BARE = "{}"
 _TOP_K = 5
 _RECIPE = 1  # part of the cache's key: raised when the same seed gives other texts
 # style → (texts per seed word, length in tokens): "length" counts every token, BOS and seed word included
-_GROUPS = {"rome": ((2, 5), (2, 10)), "memit": ((1, 10),)}
+_GROUPS = {"rome": ((2, 5), (2, 10)), "memit": ((1, 10),), "wise": ((1, 5), (1, 10))}
 
 
 def context_templates(
@@ -38,8 +38,8 @@ def context_templates(
     Sampled by top-5 sampling from the unedited model, seeded by five words.
 
     Args:
-        style: "rome" (21 templates: the bare one, ten of length 5, ten of length 10) or "memit" (6: the bare one and
-            five of length 10).
+        style: "rome" (21 templates: the bare one, ten of length 5, ten of length 10), "memit" (6: the bare one and
+            five of length 10) or "wise" (11: the bare one and five of each length).
         seed: of the sampling; the same seed gives the same texts in every process.
         cache_dir: where they are kept, by model fingerprint, style and seed; default `$REP_FAST_CACHE`, else
             ~/.cache/rep_fast. A place that cannot be written is warned of: they are then drawn by every process.

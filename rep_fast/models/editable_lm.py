@@ -20,6 +20,7 @@ from rep_fast.models import fingerprint as fingerprints
 from rep_fast.models import generation, loading, resume, tokens
 from rep_fast.models.batch import Batch
 from rep_fast.models.families import Layout, layout_for
+from rep_fast.models.forward_pass import ForwardPass
 from rep_fast.models.hooks import Captured, captured_at, run_until, watch
 from rep_fast.models.layered import LayeredModel
 from rep_fast.models.resume import SuffixState
@@ -52,6 +53,7 @@ class EditableLM(LayeredModel):
         self.active_edits: list[Any] = []
         self._fingerprint: str | None = None
         self._whole_batch_hooks = 0
+        self._forward_pass: ForwardPass | None = None
         self._check_tokenizer()
 
     @classmethod
@@ -135,13 +137,17 @@ class EditableLM(LayeredModel):
 
     # --- text and tokens -----------------------------------------------------------------------------------------
 
-    def encode(self, texts: str | Sequence[str | Sequence[int]]) -> Batch:
+    def encode(
+        self, texts: str | Sequence[str | Sequence[int]], *, prompt_lengths: Sequence[int] | None = None
+    ) -> Batch:
         """Right-padded batch on the model's device.
 
-        Strings get the tokenizer's special tokens, rows of ids are taken as they are.
+        Strings get the tokenizer's special tokens, rows of ids are taken as they are. prompt_lengths: tokens of each
+        row before its target, where it has one.
 
         Raises:
             TokenizationError: an empty text, an id outside the vocabulary, or a text longer than the model's positions.
+            PromptError: prompt lengths that do not fit the rows.
         """
         texts = [texts] if isinstance(texts, str) else texts
         ids = [tokens.encode_text(self.tokenizer, text) if isinstance(text, str) else list(text) for text in texts]
@@ -154,7 +160,7 @@ class EditableLM(LayeredModel):
                     f"use the model's own tokenizer"
                 )
         self.check_length(max(map(len, ids), default=0))
-        return Batch.from_rows(ids, pad_id=self.pad_id, device=self.device)
+        return Batch.from_rows(ids, prompt_lengths=prompt_lengths, pad_id=self.pad_id, device=self.device)
 
     def locate(self, prompt: str, subject: str, *, strategy: str = "subject_last") -> Located:
         """Ids of `prompt` with `subject` in place of `{}`, and the position of the subject's token (methods §2.3).
@@ -226,17 +232,41 @@ class EditableLM(LayeredModel):
 
     # --- forward passes ------------------------------------------------------------------------------------------
 
+    @property
+    def forward_pass(self) -> ForwardPass:
+        """For hooks: what is known of the rows that pass now.
+
+        Raises:
+            LayerError: none was announced, as in a resumed forward.
+        """
+        if self._forward_pass is None:
+            raise LayerError(
+                f"an active edit of {self.name} replaces a module's output by what the whole prompt holds, which a "
+                f"resumed forward or a bare call of the model does not show; undo that edit first"
+            )
+        return self._forward_pass
+
+    @contextmanager
+    def telling(self, forward_pass: ForwardPass) -> Iterator[None]:
+        """Announce the rows of the forward pass inside to hooks."""
+        before, self._forward_pass = self._forward_pass, forward_pass
+        try:
+            yield
+        finally:
+            self._forward_pass = before
+
     def run_base(self, batch: Batch, *, cache: DynamicCache | None = None) -> Tensor:
         """Normalised hidden states [n, T, D] before the head."""
         self.check_length(batch.input_ids.shape[1])
         batch = batch.to(self.device)
-        return self.base(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )[0]
+        with self.telling(ForwardPass.of(batch)):
+            return self.base(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )[0]
 
     def logits(
         self,

@@ -6,8 +6,8 @@ templates, methods §2.1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from rep_fast.errors import HparamError
 from rep_fast.models.batch import Batch
+from rep_fast.models.forward_pass import ForwardPass
 
 if TYPE_CHECKING:
     from rep_fast.models.editable_lm import EditableLM
@@ -40,9 +41,12 @@ def generate_ids(
         generator.manual_seed(seed)
     ids = list(prompt_ids)
     cache = DynamicCache(config=lm.config)
+    prompt_lengths = torch.tensor([len(ids)], device=lm.device)
+    decided: dict[Hashable, Any] = {}
     fresh = ids
     for _ in range(max_new_tokens):
-        hidden = _step(lm, fresh, len(ids), cache)
+        with lm.telling(ForwardPass(prompt_lengths, len(ids) - len(fresh), decided)):
+            hidden = _step(lm, fresh, len(ids), cache)
         fresh = [_choose(lm.head(hidden[:, -1])[0], top_k, generator)]
         ids += fresh
         if fresh[0] in lm.eos_token_ids:

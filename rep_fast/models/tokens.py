@@ -52,6 +52,11 @@ class Answer:
     def n_targets(self) -> int:
         return len(self.target_ids)
 
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of `input_ids` that are the prompt's; the rest are the target's."""
+        return min(len(self.prompt_ids), len(self.input_ids))
+
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text with the tokenizer's normal special tokens."""

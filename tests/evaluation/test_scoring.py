@@ -104,3 +104,31 @@ def test_text_longer_than_the_positions_is_refused(tiny_gpt2):
 
 def test_no_questions_give_no_scores(tiny_llama):
     assert score_targets(tiny_llama, []) == []
+
+
+def test_rows_know_where_their_prompts_end(tiny_lm64):
+    questions = [Question(prompt, target) for prompt, target in PAIRS]
+    plan = plan_scoring(tiny_lm64, questions)
+    told = {
+        tuple(ids): length
+        for planned in plan.batches
+        for ids, length in zip(planned.batch.rows(), planned.batch.prompt_lengths.tolist(), strict=True)
+    }
+    for prompt, target in PAIRS:
+        answer = tiny_lm64.answer(prompt, target)
+        assert any(
+            row[: len(answer.input_ids)] == answer.input_ids and length == len(answer.prompt_ids)
+            for row, length in told.items()
+        )
+
+
+def test_a_prompt_that_begins_another_one_stands_apart(tiny_llama):
+    """Where a prompt ends may decide what an edit does to it."""
+    lm = tiny_llama
+    long = lm.tokenizer.decode(lm.answer(*PAIRS[0]).input_ids[1:]) + " Europe and"
+    plan = plan_scoring(lm, [Question(*PAIRS[0]), Question(*PAIRS[1]), Question(long, "Asia")])
+    rows = [row for planned in plan.batches for row in planned.batch.rows()]
+    starts = lm.answer(*PAIRS[0]).prompt_ids
+    assert all(tuple(row[: len(starts)]) == starts for row in rows)
+    lengths = sorted(length for planned in plan.batches for length in planned.batch.prompt_lengths.tolist())
+    assert lengths[0] == len(starts) < lengths[-1]

@@ -27,7 +27,7 @@ def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EditableLM, "generate", fail)
 
 
-@pytest.mark.parametrize(("style", "count"), [("rome", 21), ("memit", 6)])
+@pytest.mark.parametrize(("style", "count"), [("rome", 21), ("memit", 6), ("wise", 11)])
 def test_the_bare_prompt_comes_first_and_each_has_one_slot(
     tiny_llama: EditableLM, tmp_path: Path, style: str, count: int
 ) -> None:
