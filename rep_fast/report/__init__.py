@@ -11,7 +11,8 @@ from rep_fast.report.data import (
     ReportData,
     Similarities,
 )
-from rep_fast.report.page import render, write_report
+from rep_fast.report.page import render, render_table, write_report
+from rep_fast.report.paper_tables import PaperTable, paper_table, read_run
 
 __all__ = [
     "Answered",
@@ -19,8 +20,12 @@ __all__ = [
     "EditedFact",
     "LayerScores",
     "MetricRow",
+    "PaperTable",
     "ReportData",
     "Similarities",
+    "paper_table",
+    "read_run",
     "render",
+    "render_table",
     "write_report",
 ]

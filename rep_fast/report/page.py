@@ -9,6 +9,7 @@ from typing import Any
 from rep_fast.errors import MissingDependencyError
 from rep_fast.report import charts
 from rep_fast.report.data import ReportData
+from rep_fast.report.paper_tables import MEASURED, PaperTable
 from rep_fast.safe_files import write_atomically
 
 # what the tiles at the top show, where the run has it
@@ -39,16 +40,7 @@ def render(data: ReportData) -> str:
     Raises:
         MissingDependencyError: jinja2 or matplotlib is not installed.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError:
-        raise MissingDependencyError('the report needs jinja2; install it with pip install "rep-fast[demo]"') from None
-    room = resources.files("rep_fast.report")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((room / "page.html.j2").read_text(encoding="utf-8"))
-    from markupsafe import Markup
-
-    css = Markup((room / "page.css").read_text(encoding="utf-8"))
+    template, css = _template("page.html.j2")
     return template.render(
         data=data,
         css=css,
@@ -60,6 +52,30 @@ def render(data: ReportData) -> str:
         **_pictures(data),
         contents=_contents(data),
     )
+
+
+def render_table(table: PaperTable, *, title: str = "Results beside the papers' tables") -> str:
+    """A table of runs and printed rows as one HTML page without outside references.
+
+    Raises:
+        MissingDependencyError: jinja2 is not installed.
+    """
+    template, css = _template("tables.html.j2")
+    return template.render(table=table, title=title, css=css, measured=MEASURED)
+
+
+def _template(name: str) -> tuple[Any, Any]:
+    """A template of this room and the style sheet, ready to be filled in."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError:
+        raise MissingDependencyError('the report needs jinja2; install it with pip install "rep-fast[demo]"') from None
+    from markupsafe import Markup
+
+    room = resources.files("rep_fast.report")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((room / name).read_text(encoding="utf-8"))
+    return template, Markup((room / "page.css").read_text(encoding="utf-8"))
 
 
 def _compared(data: ReportData) -> dict[str, Any]:
