@@ -80,20 +80,28 @@ class PaperTable:
         present = {name for row in self.rows for name in row.values}
         return {name: heading for name, heading in LAYOUTS[self.layout].items() if name in present}
 
-    def to_rich(self) -> Group:
-        """For the terminal: one table per source, model, data and regime, all with the same columns."""
-        headings = self.headings
-        tables: dict[tuple[str, ...], Table] = {}
+    @property
+    def groups(self) -> dict[str, list[PaperRow]]:
+        """Rows that share source, model, data, regime and protocol, under a title that says them."""
+        found: dict[str, list[PaperRow]] = {}
         for row in self.rows:
-            group = (row.source, row.model, row.dataset, row.regime)
-            if group not in tables:
-                title = f"{row.source}: {row.model}, {row.dataset}, {row.regime} ({row.protocol})"
-                tables[group] = Table(title=escape(title), title_justify="left", title_style="bold")
-                tables[group].add_column("method", min_width=12)
-                for heading in headings.values():
-                    tables[group].add_column(heading, justify="right", min_width=8)
-            tables[group].add_row(escape(row.method), *(_shown(row.values.get(name)) for name in headings))
-        return Group(*tables.values())
+            title = f"{row.source}: {row.model}, {row.dataset}, {row.regime} ({row.protocol})"
+            found.setdefault(title, []).append(row)
+        return found
+
+    def to_rich(self) -> Group:
+        """For the terminal: one table per group, all with the same columns."""
+        headings = self.headings
+        tables = []
+        for title, rows in self.groups.items():
+            table = Table(title=escape(title), title_justify="left", title_style="bold")
+            table.add_column("method", min_width=12)
+            for heading in headings.values():
+                table.add_column(heading, justify="right", min_width=8)
+            for row in rows:
+                table.add_row(escape(row.method), *(_shown(row.values.get(name)) for name in headings))
+            tables.append(table)
+        return Group(*tables)
 
     def to_csv(self) -> str:
         """One line per row: source, model, dataset, regime, method, protocol, then metric and metric_std pairs."""
