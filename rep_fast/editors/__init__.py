@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 from rep_fast.editors.door import Editor, get, names
+from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
 from rep_fast.editors.rome import RomeHparams, closed_form, rome
 from rep_fast.editors.value import OptimisedValue, ValueHparams, optimise_value
 
 __all__ = [
     "Editor",
+    "FineTuningHparams",
     "OptimisedValue",
     "RomeHparams",
     "ValueHparams",
     "closed_form",
+    "fine_tune",
     "get",
     "names",
     "optimise_value",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
 from rep_fast.editors.rome import RomeHparams, rome
 from rep_fast.edits import Edit
 from rep_fast.errors import HparamError
@@ -99,11 +100,14 @@ class Editor:
         return renamed
 
 
+FINE_TUNING = ("ft", "ft-l", "ft-c", "ft-m")
+
 _EDITORS = {
     editor.name: editor
     for editor in (
         Editor("rome", RomeHparams, rome),
         Editor("r-rome", RomeHparams, rome),
+        *(Editor(name, FineTuningHparams, fine_tune, frozenset(), is_batch=True) for name in FINE_TUNING),
     )
 }
 

@@ -1,0 +1,182 @@
+"""Fine-tuning: Adam on the down-projections of a few layers (methods §5.8).
+
+  FT      every target token scored at the prompt's last token ("prompt_last")
+  FT-L    the same, every entry held within W_0 ± norm_constraint after each update; FT-C is another name for it
+  FT-M    ordinary teacher forcing on the target's tokens ("target_new")
+
+What is trained is ΔW in float32 (float64 for float64 models) beside the weight, so the model itself is never touched.
+Exact saving: everything up to the lowest edited layer is constant in ΔW and runs once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rep_fast.edits import Dense, Edit, ModuleEdit
+from rep_fast.errors import HparamError, NothingToEditError
+from rep_fast.facts import Fact
+from rep_fast.models import Answer, EditableLM, Site, SuffixState
+from rep_fast.presets import flat_mapping
+
+# below it a batch is left alone, and training ends when the mean of a pass over all facts is
+LOSS_FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class FineTuningHparams:
+    """Hyper-parameters of FT, FT-L, FT-C and FT-M.
+
+    layers: whose down-projections are trained. ft_objective: "prompt_last" or "target_new". ft_steps: passes over all
+    facts; ft_batch: facts per update. norm_constraint: largest change of an entry, None: no limit. target_tok:
+    tokenisation of targets (methods §2.4).
+    """
+
+    layers: tuple[int, ...]
+    ft_objective: Literal["prompt_last", "target_new"] = "prompt_last"
+    ft_steps: int = 25
+    ft_lr: float = 5e-4
+    ft_batch: int = 1
+    norm_constraint: float | None = None
+    target_tok: str = "in_context"
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise HparamError(f"layers={list(self.layers)} must name at least one layer, and each once")
+        for name in ("ft_steps", "ft_lr", "ft_batch"):
+            if getattr(self, name) <= 0:
+                raise HparamError(f"{name}={getattr(self, name)} must be positive")
+        if self.norm_constraint is not None and self.norm_constraint <= 0:
+            raise HparamError(f"norm_constraint={self.norm_constraint} must be positive; null sets no limit")
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Facts that are updated together, and what of their forward pass does not depend on ΔW.
+
+    keys: [n, T, M] of the lowest edited layer. at: positions whose logits are read, per fact. rows, target_ids: which
+    of these logits scores which token; weights: share of each score in the loss.
+    """
+
+    n_facts: int
+    state: SuffixState
+    keys: Tensor
+    at: tuple[tuple[int, ...], ...]
+    rows: Tensor
+    target_ids: Tensor
+    weights: Tensor
+
+
+def fine_tune(lm: EditableLM, facts: Sequence[Fact], *, hparams: FineTuningHparams, method: str = "ft-l") -> Edit:
+    """Train ΔW of the down-projections until the model answers with the new targets.
+
+    Args:
+        facts: one or more; with several, one pass updates once per `ft_batch` of them, in the order given.
+    Returns:
+        Edit with a dense delta per layer. `notes`: losses, the mean of each pass before its updates, and updates.
+    Raises:
+        LayerError: no such layer. NothingToEditError: every loss lies below 0.01 from the start.
+        TokenizationError, PromptError: see `EditableLM.answer`.
+    Cost: one forward up to the lowest edited layer, then `ft_steps` forwards and backwards of the layers above.
+    """
+    for layer in hparams.layers:
+        lm.check_layer(layer)
+    dtype = torch.promote_types(lm.dtype, torch.float32)
+    changes = {
+        layer: torch.zeros(
+            lm.linear_shape(layer, "down"), dtype=dtype, device=next(lm.down_proj(layer).parameters()).device
+        ).requires_grad_()
+        for layer in hparams.layers
+    }
+    chunks = [
+        _chunk(lm, facts[begin : begin + hparams.ft_batch], hparams, dtype)
+        for begin in range(0, len(facts), hparams.ft_batch)
+    ]
+    above = tuple(ModuleEdit(layer, Dense(changes[layer])) for layer in changes if layer > min(hparams.layers))
+    # the leaves themselves are applied, so that every forward sees their latest values and gradients reach them
+    with Edit((), method, {}, lm.fingerprint, above).applied(lm), torch.enable_grad():
+        losses, updates = _train(lm, chunks, changes, hparams)
+    if not updates:
+        texts = ", ".join(repr(fact.text) for fact in facts)
+        raise NothingToEditError(f"the model already gives the new targets of {texts}; choose other targets")
+    return Edit(
+        facts=tuple(facts),
+        method=method,
+        hparams=flat_mapping(hparams),
+        fingerprint=lm.fingerprint,
+        modules=tuple(ModuleEdit(layer, Dense(change.detach())) for layer, change in changes.items()),
+        notes={"losses": losses, "updates": updates},
+        model_name=lm.name,
+    )
+
+
+def _chunk(lm: EditableLM, facts: Sequence[Fact], hparams: FineTuningHparams, dtype: torch.dtype) -> _Chunk:
+    answers = [lm.answer(fact.text, fact.target_new, mode=hparams.target_tok) for fact in facts]
+    at = tuple(_read_at(answer, hparams) for answer in answers)
+    ids = [answer.prompt_ids if hparams.ft_objective == "prompt_last" else answer.input_ids for answer in answers]
+    lowest = min(hparams.layers)
+    site = Site("key", lowest)
+    with lm.capture([site]) as seen:
+        state = lm.suffix_state(lm.encode(ids), lowest, [0] * len(facts))
+    rows, weights, first = [], [], 0
+    for answer, positions in zip(answers, at, strict=True):
+        n_targets = len(answer.target_ids)
+        # one read position scores all tokens, or each token has its own
+        rows += [first] * n_targets if len(positions) == 1 else list(range(first, first + n_targets))
+        weights += [1 / (n_targets * len(facts))] * n_targets
+        first += len(positions)
+    device = state.hidden.device
+    return _Chunk(
+        n_facts=len(facts),
+        state=state,
+        keys=seen[site].to(dtype),
+        at=at,
+        rows=torch.tensor(rows, device=device),
+        target_ids=torch.tensor([token for answer in answers for token in answer.target_ids], device=device),
+        weights=torch.tensor(weights, dtype=dtype, device=device),
+    )
+
+
+def _read_at(answer: Answer, hparams: FineTuningHparams) -> tuple[int, ...]:
+    return (len(answer.prompt_ids) - 1,) if hparams.ft_objective == "prompt_last" else answer.positions
+
+
+def _loss(lm: EditableLM, chunk: _Chunk, lowest_change: Tensor) -> Tensor:
+    """Mean over facts of the mean negative log-probability of their target tokens."""
+    hidden = chunk.state.hidden + (chunk.keys @ lowest_change.T).to(chunk.state.hidden)
+    log_p = lm.resume(chunk.state, hidden, at=chunk.at).to(chunk.weights.dtype).log_softmax(dim=-1)
+    return -(chunk.weights * log_p[chunk.rows, chunk.target_ids]).sum()
+
+
+def _train(
+    lm: EditableLM, chunks: Sequence[_Chunk], changes: dict[int, Tensor], hparams: FineTuningHparams
+) -> tuple[list[float], int]:
+    """Mean loss of each pass, and the number of updates."""
+    leaves = list(changes.values())
+    optimiser = torch.optim.Adam(leaves, lr=hparams.ft_lr)
+    losses: list[float] = []
+    updates = 0
+    for _ in range(hparams.ft_steps):
+        total = 0.0
+        for chunk in chunks:
+            loss = _loss(lm, chunk, changes[min(changes)])
+            value = float(loss.detach())
+            total += value * chunk.n_facts
+            if value < LOSS_FLOOR:
+                continue
+            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+                leaf.grad = gradient
+            optimiser.step()
+            updates += 1
+            if hparams.norm_constraint is not None:
+                with torch.no_grad():
+                    for leaf in leaves:
+                        leaf.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
+        losses.append(total / sum(chunk.n_facts for chunk in chunks))
+        if losses[-1] < LOSS_FLOOR:
+            break
+    return losses, updates
