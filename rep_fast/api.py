@@ -6,6 +6,7 @@ on first use; `edit` is the one-call form.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -247,6 +248,21 @@ class Workbench:
             templates=self.templates("rome", seed), hparams=hparams, seed=seed,
         )  # fmt: skip
 
+    def plain_column(self, method: str) -> Remembered:
+        """The column of a method without REP; columns with REP of the same method start from its edits."""
+        return Remembered(lambda case, seed: self.edit(case, method=method, seed=seed))
+
+    def rep_column(self, plain: BuildEdit, objective: str) -> BuildEdit:
+        """The column that adds REP to the edits of another one."""
+        return lambda case, seed: self.with_rep(plain(case, seed), case, objective=objective, seed=seed)
+
+    def varied(self, overrides: Mapping[str, Any]) -> Workbench:
+        """The same workbench under other hyper-parameters; what was gathered so far is shared by both."""
+        other = copy.copy(self)
+        added = _split_overrides(overrides)
+        other._overrides = {who: {**held, **added[who]} for who, held in self._overrides.items()}
+        return other
+
     def columns(self, methods: Sequence[str], objectives: Sequence[str | bool | None]) -> dict[str, BuildEdit]:
         """Columns of an evaluation: every method with every objective.
 
@@ -259,14 +275,14 @@ class Workbench:
         default = self.rep_hparams().objective
         columns: dict[str, BuildEdit] = {}
         for method in methods:
-            plain = _Remembered(self, method)
+            plain = self.plain_column(method)
             for objective in objectives:
                 if objective is None:
                     columns[method] = plain
                     continue
                 name = default if objective is True else str(objective)
                 label = f"{method}+rep" if name == default else f"{method}+rep[{name}]"
-                columns[label] = _RepColumn(self, plain, name)
+                columns[label] = self.rep_column(plain, name)
         return columns
 
     def settings(self, methods: Sequence[str], objectives: Sequence[str | bool | None]) -> dict[str, Any]:
@@ -292,25 +308,17 @@ class Workbench:
         return lambda done, total: report(label, done, total)
 
 
-class _Remembered:
-    """The plain edit of a case, kept until the next case: columns with REP start from it."""
+class Remembered:
+    """A column that keeps its last edit: columns that build on it for the same case need not make it again."""
 
-    def __init__(self, bench: Workbench, method: str) -> None:
-        self._bench, self._method = bench, method
+    def __init__(self, build: BuildEdit) -> None:
+        self._build = build
         self._last: tuple[int, int, Edit] | None = None
 
     def __call__(self, case: EditCase, seed: int) -> Edit:
         if self._last is None or self._last[:2] != (case.case_id, seed):
-            self._last = (case.case_id, seed, self._bench.edit(case, method=self._method, seed=seed))
+            self._last = (case.case_id, seed, self._build(case, seed))
         return self._last[2]
-
-
-class _RepColumn:
-    def __init__(self, bench: Workbench, plain: _Remembered, objective: str) -> None:
-        self._bench, self._plain, self._objective = bench, plain, objective
-
-    def __call__(self, case: EditCase, seed: int) -> Edit:
-        return self._bench.with_rep(self._plain(case, seed), case, objective=self._objective, seed=seed)
 
 
 def edit(

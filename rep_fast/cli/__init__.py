@@ -16,6 +16,7 @@ from rep_fast.cli.evaluate import evaluate
 from rep_fast.cli.factworld import train
 from rep_fast.cli.moments import moments
 from rep_fast.cli.scan import scan
+from rep_fast.cli.sweep import sweep
 from rep_fast.cli.tables import tables
 from rep_fast.cli.trace import trace
 
@@ -39,7 +40,7 @@ def _top(
         raise typer.Exit
 
 
-for _command in (demo, edit, evaluate, scan, trace, moments, tables, bench, doctor):
+for _command in (demo, edit, evaluate, scan, trace, moments, sweep, tables, bench, doctor):
     app.command(_command.__name__)(_command)
 factworld_app.command("train")(train)
 app.add_typer(factworld_app, name="factworld")

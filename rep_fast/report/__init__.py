@@ -5,6 +5,7 @@ from __future__ import annotations
 from rep_fast.report.data import (
     Answered,
     CollisionRow,
+    Curves,
     EditedFact,
     LayerScores,
     MetricRow,
@@ -17,6 +18,7 @@ from rep_fast.report.paper_tables import PaperTable, paper_table, read_run
 __all__ = [
     "Answered",
     "CollisionRow",
+    "Curves",
     "EditedFact",
     "LayerScores",
     "MetricRow",

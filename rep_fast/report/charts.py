@@ -6,12 +6,13 @@ matplotlib draws with placeholder colours, which are then replaced by the page's
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from rep_fast.errors import MissingDependencyError
-from rep_fast.report.data import LayerScores, MetricRow, Similarities
+from rep_fast.report.data import Curves, LayerScores, MetricRow, Similarities
 
 # placeholder colour → CSS variable of page.css
 _INK, _FAINT, _PLAIN, _STRONG, _OTHER = "#010203", "#020304", "#030405", "#040506", "#050607"
@@ -96,6 +97,37 @@ def _similarity_chart(own: Similarities, baseline: Sequence[float]) -> str:
     return _as_svg(figure, f"similarity-{own.kind}")
 
 
+def sweep_charts(curves: Curves) -> list[tuple[str, str]]:
+    """(title, SVG) of a sweep: what should hold (success, paraphrases, locality), and the subject's other forms."""
+    perturbed = [name for name in curves.series if name.endswith(("_id", "_ood"))]
+    others = [name for name in curves.series if name not in perturbed]
+    parts = (("the edit and its neighbours", others), ("the subject's other forms", perturbed))
+    return [(title, _sweep_chart(curves, names, number)) for number, (title, names) in enumerate(parts) if names]
+
+
+def _sweep_chart(curves: Curves, names: Sequence[str], number: int) -> str:
+    figure, axes = _figure(4.6, 2.9)
+    places = range(len(curves.values))
+    colors, styles, marks = (_STRONG, _PLAIN, _OTHER), ("-", (0, (4, 2))), "osD^vP"
+    for place, name in enumerate(names):
+        # the unseen side of a pair is dashed in the colour of the seen one
+        pair = place // 2 if name.endswith(("_id", "_ood")) else place
+        style = styles[name.endswith("_ood")]
+        heights = [math.nan if value is None else value for value in curves.series[name]]
+        color, mark = colors[pair % len(colors)], marks[pair % len(marks)]
+        axes.plot(
+            places, heights, color=color, linestyle=style, marker=mark, markersize=4, linewidth=1.4,
+            label=metric_label(name),
+        )  # fmt: skip
+    axes.set_xticks(list(places), list(curves.values))
+    axes.set_xlabel(curves.name)
+    axes.set_ylabel("percent")
+    axes.set_ylim(-2, 102)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
+    _legend_above(figure, axes, columns=3)
+    return _as_svg(figure, f"sweep-{re.sub(r'[^a-z0-9]+', '-', curves.name.lower())}-{number}")
+
+
 def layer_chart(layers: Sequence[LayerScores], part: str, edited_layer: int | None) -> str:
     """Heat map, facts × layers, of one part ("key" or "value"); each fact is scaled to its own largest score."""
     import numpy as np
@@ -122,8 +154,8 @@ def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _legend_above(figure: Any, axes: Any) -> None:
-    columns = len(axes.get_legend_handles_labels()[0])
+def _legend_above(figure: Any, axes: Any, *, columns: int | None = None) -> None:
+    columns = columns or len(axes.get_legend_handles_labels()[0])
     figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=1.0, columnspacing=1.0)
 
 

@@ -84,6 +84,15 @@ class LayerScores:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """Metrics, in percent, over the values of one hyper-parameter; None where a value lacks the metric."""
+
+    name: str
+    values: tuple[str, ...]
+    series: Mapping[str, tuple[float | None, ...]]
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything on the page; empty parts are left out of it.
 
@@ -92,6 +101,7 @@ class ReportData:
         model: what the model is, label → text.
         columns: names of the evaluated columns, the plain editor first.
         cases, seeds: what the metrics were measured on.
+        curves: sweeps.
         scanned_tokens: size of the corpus behind the collisions. score_name: of the path scores.
         timing: label → seconds.
         backend: (op, body, reason).
@@ -112,6 +122,7 @@ class ReportData:
     collisions: tuple[CollisionRow, ...] = ()
     scanned_tokens: int = 0
     layer_scores: tuple[LayerScores, ...] = ()
+    curves: tuple[Curves, ...] = ()
     score_name: str = ""
     edited_layer: int | None = None
     timing: Mapping[str, float] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rep_fast.analysis import Sweep
 from rep_fast.collisions import Collision, ScanResult
 from rep_fast.edits import Edit
 from rep_fast.evaluation import MAIN_METRICS, METRICS, Summary
@@ -15,7 +16,7 @@ from rep_fast.facts import EditCase, shuffled_subjects
 from rep_fast.models import EditableLM
 from rep_fast.paths import NodeScores, layer_map, select
 from rep_fast.report.answering import answers
-from rep_fast.report.data import Answered, CollisionRow, EditedFact, LayerScores, MetricRow, Similarities
+from rep_fast.report.data import Answered, CollisionRow, Curves, EditedFact, LayerScores, MetricRow, Similarities
 
 _MEANING = {metric.name: (metric.protocol, metric.meaning) for metric in METRICS}
 _CUT = "\ufffd"  # a window of tokens may begin and end inside a character
@@ -87,6 +88,13 @@ def metric_rows(summary: Summary, names: Sequence[str] = MAIN_METRICS) -> tuple[
         if cells:
             rows.append(MetricRow(name, *_MEANING[name], cells))
     return tuple(rows)
+
+
+def sweep_curves(found: Sweep, names: Sequence[str] = MAIN_METRICS) -> Curves:
+    """A sweep's curves, the metrics no value has left out."""
+    series = {name: tuple(found.series(name)) for name in names}
+    kept = {name: values for name, values in series.items() if any(value is not None for value in values)}
+    return Curves(found.name, tuple(map(str, found.values)), kept)
 
 
 def similarity_rows(measured: Iterable[Mapping[str, tuple[Tensor, Tensor]]]) -> tuple[Similarities, ...]:

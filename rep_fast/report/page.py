@@ -105,6 +105,7 @@ def _pictures(data: ReportData) -> dict[str, Any]:
         "others_moved": moved,
         "n_others": len(others.before) if others is not None else 0,
         "key_layers": charts.layer_chart(data.layer_scores, "key", data.edited_layer) if data.layer_scores else "",
+        "sweeps": [(own, charts.sweep_charts(own)) for own in data.curves],
         "value_layers": charts.layer_chart(data.layer_scores, "value", data.edited_layer) if data.layer_scores else "",
     }
 
@@ -113,6 +114,7 @@ def _contents(data: ReportData) -> list[tuple[str, str]]:
     parts = (
         ("edits", "Edits", data.edits),
         ("metrics", "Metrics", data.metrics),
+        ("sweeps", "Sweeps", data.curves),
         ("similarities", "Similarities", data.similarities),
         ("collisions", "Collisions", data.collisions),
         ("layers", "Layers", data.layer_scores),
