@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
+from rep_fast.editors.knowledge_neurons import KnowledgeNeuronsHparams, knowledge_neurons
 from rep_fast.editors.rome import RomeHparams, rome
 from rep_fast.edits import Edit
 from rep_fast.errors import HparamError
@@ -108,6 +109,7 @@ _EDITORS = {
         Editor("rome", RomeHparams, rome),
         Editor("r-rome", RomeHparams, rome),
         *(Editor(name, FineTuningHparams, fine_tune, frozenset(), is_batch=True) for name in FINE_TUNING),
+        Editor("kn", KnowledgeNeuronsHparams, knowledge_neurons, frozenset({"templates"})),
     )
 }
 

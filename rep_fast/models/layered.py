@@ -50,11 +50,16 @@ class LayeredModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embeddings."""
-        return self.model.get_input_embeddings().weight.device
+        return self.token_embeddings.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.get_input_embeddings().weight.dtype
+        return self.token_embeddings.dtype
+
+    @property
+    def token_embeddings(self) -> Tensor:
+        """[V, D] input embeddings."""
+        return self.model.get_input_embeddings().weight
 
     def check_length(self, n_tokens: int) -> None:
         """Raise TokenizationError when a table of positions is shorter than the text."""
