@@ -196,10 +196,8 @@ def test_what_the_model_says_already(build_lm: Callable[..., EditableLM]) -> Non
     assert len(europe) == 1
     with torch.no_grad():
         lm.head.bias[europe[0]] = 100.0
-    with pytest.raises(
-        NothingToEditError, match="already answers 'Slovenia belongs to the continent of' with 'Europe'"
-    ):
-        known = dataclasses.replace(FACT, target_new="Europe", target_true=None)
+    known = dataclasses.replace(FACT, target_new="Europe", target_true=None)
+    with pytest.raises(NothingToEditError, match="already answers 'Slovenia belongs to the continent of'"):
         knowledge_neurons(lm, [known], hparams=HPARAMS, templates=TEMPLATES)
 
 
