@@ -27,6 +27,7 @@ from rep_fast.stats import SecondMoments
 
 Progress = Callable[[str, int, "int | None"], None]
 BuildEdit = Callable[[EditCase, int], Edit]
+WriteStep = Callable[[Sequence[EditCase], int, Sequence[Edit]], Edit]
 # moments and negatives read one stream of a world, long contexts another
 CONTEXT_SEED = factworld.TEXT_SEED + 1
 
@@ -215,15 +216,18 @@ class Workbench:
             rephrases: other names of the subject for a bare fact; without them REP takes simple surface forms.
             seed: of templates, shuffles and the adapter's start.
         """
-        hparams = self.hparams(method)
-        fact = target if isinstance(target, Fact) else target.fact
-        plain = editors.get(method)(
-            self.lm, [fact], moments=self.moments(hparams.layer), hparams=hparams,
-            templates=self.templates(hparams.template_style, seed),
-        )  # fmt: skip
+        plain = self._written([target if isinstance(target, Fact) else target.fact], method, seed)
         if not rep:
             return plain
         return self.with_rep(plain, target, objective=None if rep is True else rep, rephrases=rephrases, seed=seed)
+
+    def _written(self, facts: Sequence[Fact], method: str, seed: int) -> Edit:
+        """The plain edit of these facts on the model as it stands."""
+        hparams = self.hparams(method)
+        return editors.get(method)(
+            self.lm, facts, moments=self.moments(hparams.layer), hparams=hparams,
+            templates=self.templates(hparams.template_style, seed),
+        )  # fmt: skip
 
     def with_rep(
         self,
@@ -272,18 +276,46 @@ class Workbench:
             "rome", "rome+rep" (default objective), "rome+rep[paper]" … → function (case, seed) → Edit. Columns of one
             method share the plain edit of a case.
         """
+        plain = {method: self.plain_column(method) for method in methods}
+        return {
+            label: plain[method] if objective is None else self.rep_column(plain[method], objective)
+            for label, method, objective in self._labelled_columns(methods, objectives)
+        }
+
+    def steps(
+        self,
+        methods: Sequence[str],
+        objectives: Sequence[str | bool | None],
+        *,
+        seeds: Sequence[int] = (0,),
+    ) -> dict[str, WriteStep]:
+        """Columns of an evaluation that stacks edits: the same names as `columns`, for the model as it then stands.
+
+        What is gathered from the unedited model is made now, for these seeds: once edits are active it is too late.
+
+        Returns:
+            column → function (the step's cases, seed, active edits) → Edit. A step of one record is the edit of
+            `columns`, its adapter trained on the keys that the adapters before it leave; a step of several is handed
+            to the editor as a whole.
+        """
+        self.prepare(methods, rep=objectives, seeds=seeds)
+        return {
+            label: _StepColumn(self, method, objective)
+            for label, method, objective in self._labelled_columns(methods, objectives)
+        }
+
+    def _labelled_columns(
+        self, methods: Sequence[str], objectives: Sequence[str | bool | None]
+    ) -> list[tuple[str, str, str | None]]:
+        """Label, method and the objective's name of each column, None for the plain edit."""
         default = self.rep_hparams().objective
-        columns: dict[str, BuildEdit] = {}
+        found: list[tuple[str, str, str | None]] = []
         for method in methods:
-            plain = self.plain_column(method)
             for objective in objectives:
-                if objective is None:
-                    columns[method] = plain
-                    continue
-                name = default if objective is True else str(objective)
-                label = f"{method}+rep" if name == default else f"{method}+rep[{name}]"
-                columns[label] = self.rep_column(plain, name)
-        return columns
+                name = None if objective is None else default if objective is True else str(objective)
+                rep = "" if name is None else "+rep" if name == default else f"+rep[{name}]"
+                found.append((f"{method}{rep}", method, name))
+        return found
 
     def settings(self, methods: Sequence[str], objectives: Sequence[str | bool | None]) -> dict[str, Any]:
         """Every hyper-parameter behind `columns`, for the run's record."""
@@ -319,6 +351,20 @@ class Remembered:
         if self._last is None or self._last[:2] != (case.case_id, seed):
             self._last = (case.case_id, seed, self._build(case, seed))
         return self._last[2]
+
+
+class _StepColumn:
+    def __init__(self, bench: Workbench, method: str, objective: str | None) -> None:
+        self._bench, self._method, self._objective = bench, method, objective
+
+    def __call__(self, cases: Sequence[EditCase], seed: int, active: Sequence[Edit]) -> Edit:
+        if len(cases) == 1:
+            return self._bench.edit(cases[0], method=self._method, rep=self._objective or False, seed=seed)
+        if self._objective is not None:
+            raise HparamError(
+                f"REP trains an adapter for one record, this step has {len(cases)}; use a sequential regime or no --rep"
+            )
+        return self._bench._written([case.fact for case in cases], self._method, seed)
 
 
 def edit(

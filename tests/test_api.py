@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,12 @@ import torch
 
 import rep_fast
 from rep_fast import api, factworld
+from rep_fast.edits import KeyAdapter
 from rep_fast.errors import FingerprintError, HparamError, TextSourceError
 from rep_fast.facts import EditCase, Fact, MemoryText, Sided
 from rep_fast.models import EditableLM
+from rep_fast.rep import SubjectForms
+from rep_fast.rep.training import cache_keys
 from rep_fast.stats import SecondMoments
 
 FACT = Fact("{} belongs to the continent of", "Slovenia", "Antarctica", "Europe")
@@ -53,6 +58,84 @@ def test_columns_share_the_plain_edit(bench: api.Workbench) -> None:
         assert adapter.notes["hparams"]["steps"] == 3
     assert columns["rome"](CASE, 0) is plain
     assert columns["rome"](CASE, 1) is not plain
+
+
+FIVE = [
+    dataclasses.replace(CASE, case_id=number, fact=Fact("{} belongs to the continent of", subject, target))
+    for number, (subject, target) in enumerate(
+        [
+            ("Slovenia", "Antarctica"),
+            ("Danielle Darrieux", "Asia"),
+            ("Michael Jordan", "Africa"),
+            ("Kobe Bryant", "Asia"),
+            ("Mount Triglav", "Antarctica"),
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize("objective", [None, "paper", "calibrated"])
+def test_five_edits_in_sequence_each_hold_when_they_are_made(
+    build_lm: Any, tmp_path: Path, objective: str | None
+) -> None:
+    """Each edit is made on the model with the earlier deltas and adapters: its own value is met on top of them."""
+    lm = build_lm("llama", dtype=torch.float64)
+    clean = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    # a gate that is nearly always open: the adapters before an edit matter to its key
+    overrides = {**SMALL, "tau": 0.01, "lr": 0.05}
+    bench = api.Workbench(lm, text=TEXT, overrides=overrides, cache_dir=tmp_path)
+    (write,) = bench.steps(["rome"], [objective]).values()
+    active: list[Any] = []
+    for case in FIVE:
+        made = write([case], 0, tuple(active))
+        made.apply(lm)
+        active.append(made)
+        found = lm.locate(case.fact.prompt, case.fact.subject)
+        with torch.no_grad():
+            value = lm.read([list(found.ids)], [("value", 1)])["value", 1][0, found.position]
+        # the paper's adapter may move the edited prompt's own key, the calibrated one is kept from it
+        if objective != "paper":
+            torch.testing.assert_close(value, made.tensors["v_star"], rtol=1e-5, atol=1e-5)
+    assert sum(len(edit.modules[0].adapters) for edit in active) == (0 if objective is None else 5)
+    while lm.active_edits:
+        lm.active_edits[-1].undo()
+    assert all(torch.equal(clean[name], tensor) for name, tensor in lm.model.state_dict().items())
+    alone = bench.edit(FIVE[-1], rep=objective or False)
+    assert not torch.equal(alone.modules[0].delta.left, active[-1].modules[0].delta.left)
+
+
+def test_an_adapter_is_trained_on_the_keys_that_earlier_adapters_leave(build_lm: Any, tmp_path: Path) -> None:
+    lm = build_lm("llama", dtype=torch.float64)
+    bench = api.Workbench(lm, text=TEXT, overrides=SMALL, cache_dir=tmp_path)
+    write = bench.steps(["rome"], ["paper"])["rome+rep[paper]"]
+    first = write([FIVE[0]], 0, ())
+    start = KeyAdapter.initial(lm.key_width(1), rank=2, tau=0.0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    b = torch.randn(start.weights.b.shape, generator=generator, dtype=torch.float64)
+    moving = KeyAdapter(start.weights._replace(b=b), tau=0.0)
+    templates, hparams = bench.templates("rome", 0), bench.rep_hparams("paper")
+    forms = SubjectForms.of_case(lm, FIVE[1], seed=0)
+    second = bench.edit(FIVE[1])
+    options = {"templates": templates, "hparams": hparams, "seed": 0}
+    native = cache_keys(lm, second, 1, forms, None, **options)
+    with first.with_adapters({1: moving}).applied(lm):
+        seen = cache_keys(lm, second, 1, forms, None, **options)
+    torch.testing.assert_close(seen.positives, moving(native.positives), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen.anchor, moving(native.anchor), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(seen.anchor, native.anchor, rtol=1e-2)
+
+
+def test_steps_of_several_records_go_to_the_editor_as_a_whole(bench: api.Workbench, monkeypatch: Any) -> None:
+    steps = bench.steps(["rome"], [None, True])
+    assert list(steps) == ["rome", "rome+rep"]
+    with pytest.raises(HparamError, match="rome writes one fact at a time, got 5"):
+        steps["rome"](FIVE, 0, ())
+    with pytest.raises(HparamError, match="REP trains an adapter for one record, this step has 5"):
+        steps["rome+rep"](FIVE, 0, ())
+    written = {}
+    monkeypatch.setattr(api.editors, "get", lambda name: lambda lm, facts, **options: written.setdefault(name, facts))
+    monkeypatch.setattr(bench, "hparams", lambda method: SimpleNamespace(layer=1, template_style="rome"))
+    assert steps["rome"](FIVE, 0, ()) == [case.fact for case in FIVE] == written["rome"]
 
 
 @pytest.mark.parametrize(

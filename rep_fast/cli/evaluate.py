@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,7 +34,8 @@ from rep_fast.cli.screen import Screen, opened
 from rep_fast.cli.writable import check_directory
 
 if TYPE_CHECKING:
-    from rep_fast.evaluation import Summary
+    from rep_fast.api import Workbench
+    from rep_fast.evaluation import Cell, Protocol, Regime, Summary, WriteStep
 
 
 def evaluate(
@@ -56,24 +58,58 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     preset: PresetOption = None,
     set_: SetOption = None,
+    regime: Annotated[
+        str,
+        typer.Option(
+            "--regime",
+            metavar="R",
+            help="single; batch:N (N records by one edit); sequential:N (N edits on top of one another) or sequential; "
+            "cumulative:N (all records, N per edit); joint-epochs (all by one edit).",
+        ),
+    ] = "single",
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option("--evaluate-every", metavar="K", help="In sequential and cumulative: also after every K edits."),
+    ] = None,
+    keep_edits: Annotated[
+        bool, typer.Option("--keep-edits", help="Leave the edits of a stacked regime in --out.")
+    ] = False,
     ceiling: Annotated[
         bool,
         typer.Option("--ceiling", help="Also force the wanted value at the subject's last token: what REP can reach."),
     ] = False,
     all_metrics: Annotated[bool, typer.Option("--all-metrics", help="Show metrics of every protocol.")] = False,
+    metrics: Annotated[
+        str | None, typer.Option("--metrics", metavar="M", help="Show these, by comma, instead of the main ones.")
+    ] = None,
+    fluency: Annotated[
+        bool, typer.Option("--fluency", help="Let edited models write texts and measure their fluency (slow).")
+    ] = False,
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            "--references", metavar="FILE", help="JSON, target to texts about it: consistency of what is written."
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Edit record after record, each on the clean model, and measure what holds and what is disturbed."""
+    """Edit record after record, by default each on the clean model, and measure what holds and what is disturbed."""
     layer, overrides = one_layer(layers), settings(set_)
     chosen_seeds = [seed] if seed is not None else numbers(seeds, "--seeds")
-    if resume and out is None:
-        raise typer.BadParameter("needs --out with the run's directory", param_hint="--resume")
+    for option, given in (("--resume", resume), ("--keep-edits", keep_edits)):
+        if given and out is None:
+            raise typer.BadParameter("needs --out with the run's directory", param_hint=option)
     with opened(as_json=as_json, debug=debug) as screen:
-        from rep_fast.evaluation import Protocol, RunDirectory, evaluate_single
+        from rep_fast.evaluation import Regime, RunDirectory, check_ceiling, evaluate_regime, read_references
 
+        stacking = Regime.parse(regime, evaluate_every=evaluate_every)
+        if ceiling:
+            check_ceiling(stacking)
+        shown = _shown_metrics(metrics, all_metrics=all_metrics, generated=fluency or references is not None)
+        texts = None if references is None else read_references(references)
         if out is not None:
             check_directory(out)
             if not RunDirectory.check_place(out, resume=resume) and resume:
@@ -81,34 +117,84 @@ def evaluate(
         watch = Stopwatch()
         lm = open_model(model, device=device, dtype=dtype)
         chosen = choose_cases(screen, lm, cases, split=split, limit=limit, skip_bad=skip_bad)
+        if (note := stacking.note(len(chosen))) is not None:
+            screen.say(note)
         bench = open_workbench(screen, lm, text=text, preset=preset, overrides=overrides, layer=layer, moments=moments)
         methods, objectives = names(method), _objectives(rep, rep_objective)
-        columns, described = bench.columns(methods, objectives), bench.settings(methods, objectives)
+        described = bench.settings(methods, objectives)
         watch.lap("load")
         screen.interrupted = "interrupted before the first record; what was gathered so far is kept in the cache"
         bench.prepare(methods, rep=objectives, seeds=chosen_seeds)
+        columns = _columns(bench, stacking, methods, objectives, chosen_seeds)
         watch.lap("prepare")
         screen.interrupted = _interrupted(out)
-        summary = evaluate_single(
+        summary = evaluate_regime(
             lm,
             chosen,
             columns,
+            regime=stacking,
             seeds=chosen_seeds,
             text=bench.context_text,
             out_dir=out,
             resume=resume,
+            keep_edits=keep_edits,
             settings=described,
-            protocol=Protocol.of_preset(bench.preset),
+            protocol=_protocol(bench, shown, generated=fluency or texts is not None),
+            references=texts,
             # what no key-side method can be expected to beat (methods §17)
             ceiling_of=methods[0] if ceiling else None,
             progress=lambda done, total: screen.progress("evaluate", done, total),
         )
         watch.lap("evaluate")
-        screen.show(summary.table(metrics=None) if all_metrics else summary.table())
+        for table in (summary.table(metrics=shown), *summary.checkpoint_tables(metrics=shown)):
+            screen.show(table)
         _say_failures(screen, summary)
         if out is not None:
             screen.show(f"every result is in {out}: results.jsonl, summary.json, summary.csv")
         screen.answer(as_json_object(model, len(chosen), chosen_seeds, summary, watch))
+
+
+def _columns(
+    bench: Workbench,
+    regime: Regime,
+    methods: list[str],
+    objectives: list[str | bool | None],
+    seeds: list[int],
+) -> dict[str, WriteStep]:
+    from rep_fast.evaluation import one_by_one
+
+    if regime.is_stacked:
+        return bench.steps(methods, objectives, seeds=seeds)
+    # on the clean model, columns of one method share the plain edit of a record
+    return {name: one_by_one(build) for name, build in bench.columns(methods, objectives).items()}
+
+
+def _shown_metrics(named: str | None, *, all_metrics: bool, generated: bool) -> list[str] | None:
+    """Rows of the table, None for all.
+
+    Raises:
+        HparamError: no metric has that name.
+    """
+    from rep_fast.errors import HparamError
+    from rep_fast.evaluation import GENERATED, MAIN_METRICS, PROTOCOL_OF
+
+    if named is None:
+        return None if all_metrics else [*MAIN_METRICS, *(GENERATED if generated else ())]
+    for name in names(named):
+        if name not in PROTOCOL_OF:
+            raise HparamError(f"metric {name!r} is unknown; choose from {', '.join(PROTOCOL_OF)}")
+    return names(named)
+
+
+def _protocol(bench: Workbench, shown: list[str] | None, *, generated: bool) -> Protocol:
+    """The preset's choices; texts are generated where they, or metrics of them, are asked for by name."""
+    from rep_fast.evaluation import GENERATED, Protocol
+    from rep_fast.evaluation.fluency import N_TOKENS
+
+    protocol = Protocol.of_preset(bench.preset)
+    if protocol.generated_tokens or not (generated or set(GENERATED) & set(shown or ())):
+        return protocol
+    return dataclasses.replace(protocol, generated_tokens=N_TOKENS)
 
 
 def _objectives(rep: bool, rep_objective: str | None) -> list[str | bool | None]:
@@ -137,15 +223,17 @@ def as_json_object(model: str, n_cases: int, seeds: list[int], summary: Summary,
     """What `evaluate --json` prints; the main metrics are there for every column, empty ones with n = 0."""
     from rep_fast.evaluation import MAIN_METRICS, PROTOCOL_OF
 
-    def cell(column: str, name: str) -> dict[str, Any]:
-        found = summary[column].get(name)
+    def cell(found: Cell | None) -> dict[str, Any]:
         if found is None or not math.isfinite(found.mean):
             return {"mean": None, "std": None, "n": 0}
         return {"mean": found.mean, "std": found.std, "n": found.n}
 
     rest = [name for name in summary.metrics if name not in MAIN_METRICS]
+    shown = (*MAIN_METRICS, *rest)
     return {
         "model": model,
+        "regime": summary.regime,
+        "n_edits": summary.n_edits,
         "cases": n_cases,
         "seeds": seeds,
         "backend": backend_names(),
@@ -156,9 +244,13 @@ def as_json_object(model: str, n_cases: int, seeds: list[int], summary: Summary,
                 for column, stages in summary.seconds.items()
             },
         },
-        "metrics": {
-            column: {name: cell(column, name) for name in (*MAIN_METRICS, *rest)} for column in summary.columns
+        "metrics": {column: {name: cell(cells.get(name)) for name in shown} for column, cells in summary.cells.items()},
+        "checkpoints": {
+            column: {
+                str(n_edits): {name: cell(found) for name, found in cells.items()} for n_edits, cells in points.items()
+            }
+            for column, points in summary.checkpoints.items()
         },
-        "protocols": {name: PROTOCOL_OF[name] for name in (*MAIN_METRICS, *rest)},
+        "protocols": {name: PROTOCOL_OF[name] for name in shown},
         "failures": {column: list(messages) for column, messages in summary.failures.items()},
     }

@@ -1,8 +1,9 @@
 """Metrics by name, each with the protocol it belongs to (methods §9).
 
 "Locality" or "efficacy" mean different quantities in different papers: no number is comparable without its protocol.
-Protocols: `REP` (robust editing: exact match, agreement), `EasyEdit` (token match), `PAC` (path editing: means of
-token match), `ROME` (comparisons of probabilities on CounterFact: ES, PS, NS and their differences). All in percent.
+Protocols: `REP` (robust editing: exact match, agreement), `EasyEdit` (token match), `PAC` (path editing: token match,
+agreement and their mean), `ROME` (comparisons of probabilities on CounterFact: ES, PS, NS and their differences;
+generated texts), `zsRE` (correct tokens, those of the neighbours too). In percent; fluency in bits × 100.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from rep_fast.evaluation.records import CaseRecord, PromptScore
 
 Records = Sequence[CaseRecord]
-# A metric's value in [−1, 1] and the number of prompts (micro) or records (macro) behind it; None without any.
+# A metric's value in [−1, 1] (fluency: in bits) and the number of prompts (micro) or records (macro) behind it; None
+# without any.
 Measured = tuple[float, int] | None
 
 
@@ -29,7 +31,7 @@ class Metric:
 
 
 def measure(records: Records) -> dict[str, tuple[float, int]]:
-    """Every metric these records allow, in percent, with the count it is averaged over."""
+    """Every metric these records allow, times 100, with the count it is averaged over."""
     measured: dict[str, tuple[float, int]] = {}
     for metric in METRICS:
         value = metric.compute(records)
@@ -116,6 +118,25 @@ _ps = _paired("paraphrase", "new", "true", _wins)
 _ns = _paired("locality", "kept", "new", _wins)
 
 
+def _about_questions(compute: Callable[[Records], Measured]) -> Callable[[Records], Measured]:
+    """Of records whose neighbours are questions: those of zsRE."""
+    return lambda records: compute([record for record in records if "question" in record.scores])
+
+
+def _fluency(kind: str) -> Callable[[Records], Measured]:
+    """Mean over records of the mean over each record's generated texts of one kind, in bits."""
+
+    def compute(records: Records) -> Measured:
+        per_record = [[text.fluency for text in record.generated if text.kind == kind] for record in records]
+        return _mean([statistics.fmean(values) for values in per_record if values])
+
+    return compute
+
+
+def _consistency(records: Records) -> Measured:
+    return _mean([record.consistency for record in records if record.consistency is not None])
+
+
 def _path_score(records: Records) -> Measured:
     """Of efficacy and generality alone where locality is absent; nothing where one of those two is."""
     wanted = [_rewrite_tm(records), _rephrase_tm(records)]
@@ -151,6 +172,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("rewrite_tm", "EasyEdit", "TM of the new target on the edited prompt", _rewrite_tm),
     Metric("rephrase_tm", "EasyEdit", "TM of the new target on paraphrased prompts", _rephrase_tm),
     Metric("locality_macro", "EasyEdit", "agreement with the unedited model, mean of record means", _locality_macro),
+    Metric("path_efficacy", "PAC", "TM of the new target on the edited prompt", _rewrite_tm),
+    Metric("path_locality", "PAC", "agreement with the unedited model, mean of record means", _locality_macro),
+    Metric("path_generality", "PAC", "TM of the new target on paraphrased prompts", _rephrase_tm),
     Metric(
         "path_score",
         "PAC",
@@ -164,6 +188,44 @@ METRICS: tuple[Metric, ...] = (
     Metric("em_diff", "ROME", "P(new) − P(true) on the edited prompt", _paired("success", "new", "true", _margin)),
     Metric("pm_diff", "ROME", "P(new) − P(true) on paraphrases", _paired("paraphrase", "new", "true", _margin)),
     Metric("nm_diff", "ROME", "P(true) − P(new) on neighbours", _paired("locality", "kept", "new", _margin)),
+    Metric(
+        "zsre_efficacy",
+        "zsRE",
+        "share of correct tokens of the new target on the edited prompt, where neighbours are questions",
+        _about_questions(_rewrite_tm),
+    ),
+    Metric(
+        "zsre_generality",
+        "zsRE",
+        "share of correct tokens of the new target on paraphrases, where neighbours are questions",
+        _about_questions(_rephrase_tm),
+    ),
+    Metric(
+        "zsre_specificity",
+        "zsRE",
+        "share of correct tokens of the answers to neighbours' questions: correctness, not agreement",
+        _macro("question", "true", _tokens),
+    ),
+    Metric(
+        "fluency",
+        "REP",
+        "n-gram entropy in bits × 100 of the edited prompt's sampled continuation",
+        _fluency("prompt"),
+    ),
+    Metric(
+        "generation_fluency",
+        "ROME",
+        "n-gram entropy in bits × 100 of texts sampled from the record's generation prompts",
+        _fluency("generation"),
+    ),
+    Metric(
+        "consistency",
+        "ROME",
+        "tf-idf cosine of sampled texts with reference texts about the new target",
+        _consistency,
+    ),
 )
 
 PROTOCOL_OF: dict[str, str] = {metric.name: metric.protocol for metric in METRICS}
+# Metrics of generated texts, which are written only when asked for.
+GENERATED = ("fluency", "generation_fluency", "consistency")

@@ -9,6 +9,8 @@ from rep_fast.evaluation.scoring import Question
 from rep_fast.facts import EditCase, PerturbedCase, SubjectPrompt
 from rep_fast.models import EditableLM
 
+# How zsRE's neighbours begin: questions of Natural Questions, without their question mark.
+_QUESTION = "nq question:"
 # Groups whose prompts differ from the edited one in the subject's form or in what stands before it.
 PERTURBED_GROUPS = ("rephrase_id", "rephrase_ood", "shuffle_id", "shuffle_ood", "long_id", "long_ood")
 
@@ -17,7 +19,8 @@ PERTURBED_GROUPS = ("rephrase_id", "rephrase_ood", "shuffle_id", "shuffle_ood", 
 class CaseQuestion:
     """One question with its place: `group` says which prompts, `role` which target ("new", "true" or "kept").
 
-    Role "kept" stands for the answer of a neighbour prompt; agreement with the unedited model is counted there.
+    Role "kept" stands for the answer of a neighbour prompt; agreement with the unedited model is counted there. Group
+    "question" asks neighbours that are questions once more, with their question mark, for the right answer (zsRE).
     """
 
     group: str
@@ -58,6 +61,11 @@ def neighbour_questions(case: EditCase) -> list[CaseQuestion]:
             CaseQuestion("locality", "new", Question(prompt, case.fact.target_new))
             for prompt in case.neighborhood_prompts
         ]
+    asked += [
+        CaseQuestion("question", "true", Question(f"{prompt.rstrip(' ?')}?", case.neighborhood_target))
+        for prompt in case.neighborhood_prompts
+        if prompt.lower().startswith(_QUESTION)
+    ]
     return asked
 
 

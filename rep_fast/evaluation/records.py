@@ -1,7 +1,8 @@
-"""What is kept of one (seed, case, column): per-prompt scores and times, as plain data that JSON can hold."""
+"""What is kept of one evaluation of a case: per-prompt scores and times, as plain data that JSON can hold."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,9 @@ from typing import Any
 
 from rep_fast.evaluation.questions import CaseQuestion
 from rep_fast.evaluation.scoring import TargetScore
+
+# seed, case_id, column, n_edits
+RecordKey = tuple[int, int, str, int]
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,26 @@ class PromptScore:
 
 
 @dataclass(frozen=True)
+class GeneratedText:
+    """A text the edited model wrote: the prompt and its sampled continuation.
+
+    `kind`: "prompt" for the edited prompt, "generation" for one of the record's own generation prompts; `fluency` in
+    bits.
+    """
+
+    kind: str
+    text: str
+    fluency: float
+
+
+@dataclass(frozen=True)
 class CaseRecord:
     """Scores of one case under one column and seed: group → role → prompts in order.
 
-    `seconds` holds the time per stage; `failure` says why there are no scores.
+    `seconds` holds the time per stage; `failure` says why there are no scores. `regime` says how edits were stacked
+    (`Regime.name`), `n_edits` how many records of the case's group had been written when it was evaluated, those that
+    could not be written among them; a failure stands where its group ends. `generated`: texts the edited model wrote,
+    where that was asked for, and `consistency` of them with texts about the new target.
     """
 
     seed: int
@@ -48,11 +68,15 @@ class CaseRecord:
     scores: Mapping[str, Mapping[str, tuple[PromptScore, ...]]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     failure: str | None = None
+    regime: str = "single"
+    n_edits: int = 1
+    generated: tuple[GeneratedText, ...] = ()
+    consistency: float | None = None
 
     @property
-    def key(self) -> tuple[int, int, str]:
+    def key(self) -> RecordKey:
         """What identifies the record in a run."""
-        return (self.seed, self.case_id, self.column)
+        return (self.seed, self.case_id, self.column, self.n_edits)
 
     def prompts(self, group: str, role: str) -> tuple[PromptScore, ...]:
         """Scores of one group and role, () where the case has none."""
@@ -70,6 +94,10 @@ class CaseRecord:
             },
             "seconds": dict(self.seconds),
             "failure": self.failure,
+            "regime": self.regime,
+            "n_edits": self.n_edits,
+            **({"generated": [dataclasses.asdict(text) for text in self.generated]} if self.generated else {}),
+            **({} if self.consistency is None else {"consistency": self.consistency}),
         }
 
     @classmethod
@@ -85,6 +113,10 @@ class CaseRecord:
             },
             seconds=data["seconds"],
             failure=data["failure"],
+            regime=data["regime"],
+            n_edits=data["n_edits"],
+            generated=tuple(GeneratedText(**text) for text in data.get("generated", ())),
+            consistency=data.get("consistency"),
         )
 
 

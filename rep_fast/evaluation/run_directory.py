@@ -1,7 +1,8 @@
 """A run on disk: settings, pre-edit predictions and append-only results that survive being killed.
 
 `settings.json` says what the run is, `pre_edit.json` what the unedited model predicts, `results.jsonl` holds one record
-per line, each flushed to the disk before the next one is computed. A last line cut short by a kill is dropped.
+per line, each flushed to the disk before the next one is computed. A last line cut short by a kill is dropped. `edits/`
+holds the edits of the group that is being written (regime.py), one file each.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from types import TracebackType
 from typing import IO, Any
 
 from rep_fast.errors import CorruptFileError, OutputError, RunMismatchError
-from rep_fast.evaluation.records import CaseRecord
+from rep_fast.evaluation.records import CaseRecord, RecordKey
 from rep_fast.safe_files import is_left_over, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 
 
 class RunDirectory:
-    """Records of one run by (seed, case_id, column), kept in memory and, when there is a path, on disk.
+    """Records of one run by (seed, case_id, column, n_edits), kept in memory and, when there is a path, on disk.
 
     Args:
         path: directory to create or resume, see `check_place`; None keeps the run in memory only.
@@ -37,7 +38,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = None if path is None else Path(path)
-        self.records: dict[tuple[int, int, str], CaseRecord] = {}
+        self.records: dict[RecordKey, CaseRecord] = {}
         self._results: IO[bytes] | None = None
         if self.path is None:
             return
@@ -86,6 +87,10 @@ class RunDirectory:
                     f"cannot append to {self._results.name!r} ({error.strerror or error}); free space, then resume"
                 ) from error
         self.records[record.key] = record
+
+    def directory(self, *parts: str) -> Path | None:
+        """Place of further files of this run, None for a run in memory; nothing is made there."""
+        return None if self.path is None else self.path.joinpath(*parts)
 
     def read_json(self, name: str) -> Any | None:
         """Contents of a JSON file of this run, None when there is none.

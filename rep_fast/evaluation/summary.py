@@ -1,11 +1,11 @@
-"""The numbers of a run: per column and metric the mean and spread over seeds, always with the protocol."""
+"""The numbers of a run: per column and metric the mean and spread over seeds, always with regime and protocol."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,22 +53,30 @@ class Summary:
     """Result of an evaluation.
 
     Attributes:
-        cells: column → metric → number.
+        cells: column → metric → number, of each case when its group was complete.
         seconds: column → stage ("edit", "evaluation", "undo") → time per case.
         failures: column → messages of cases that could not be edited, with their case_id and seed.
         settings: what was run.
+        regime: how edits were stacked, `Regime.name`.
+        n_edits: records written to one model behind `cells`; the largest group's, where the last one is smaller.
+        checkpoints: column → number of records written → metric → number, where groups were evaluated on their way,
+            their ends among them.
     """
 
     cells: Mapping[str, Mapping[str, Cell]]
     seconds: Mapping[str, Mapping[str, Spread]]
     failures: Mapping[str, tuple[str, ...]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    regime: str = "single"
+    n_edits: int = 1
+    checkpoints: Mapping[str, Mapping[int, Mapping[str, Cell]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, records: Iterable[CaseRecord], *, settings: Mapping[str, Any] | None = None) -> Summary:
         """Aggregate records; columns and seeds come in the order in which they first occur."""
+        every = list(records)
         by_column: dict[str, list[CaseRecord]] = {}
-        for record in records:
+        for record in _at_group_ends(every):
             by_column.setdefault(record.column, []).append(record)
         return cls(
             cells={column: _cells(own) for column, own in by_column.items()},
@@ -78,6 +86,9 @@ class Summary:
                 for column, own in by_column.items()
             },
             settings=dict(settings or {}),
+            regime=every[0].regime if every else "single",
+            n_edits=max((record.n_edits for record in every), default=1),
+            checkpoints=_checkpoints(every) if len(every) > sum(map(len, by_column.values())) else {},
         )
 
     def __getitem__(self, column: str) -> Mapping[str, Cell]:
@@ -96,7 +107,7 @@ class Summary:
 
     def table(self, *, metrics: Sequence[str] | None = MAIN_METRICS) -> Table:
         """A rich table, metrics as rows and columns as columns; `metrics=None` shows all of them."""
-        table = Table("metric", "protocol", *(escape(str(column)) for column in self.columns))
+        table = Table("metric", "protocol", *(escape(str(column)) for column in self.columns), caption=self.label)
         # one seed has no spread to show
         spread = any(cell.std > 0 for cells in self.cells.values() for cell in cells.values())
         for name in self.metrics if metrics is None else [m for m in metrics if m in self.metrics]:
@@ -109,21 +120,50 @@ class Summary:
             table.add_row("cases not edited", "", *(str(len(own)) for own in self.failures.values()))
         return table
 
+    @property
+    def label(self) -> str:
+        """Regime and number of edits in words."""
+        return f"regime {self.regime}, {self.n_edits} record{'s'[: self.n_edits != 1]} written to one model"
+
+    def checkpoint_tables(self, *, metrics: Sequence[str] | None = MAIN_METRICS) -> list[Table]:
+        """Per column a table of what is left after so many edits; none where only ends of groups were evaluated."""
+        shown = self.metrics if metrics is None else [name for name in metrics if name in self.metrics]
+        tables = []
+        for column, points in self.checkpoints.items():
+            table = Table("written", *shown, title=escape(column), caption=f"regime {self.regime}")
+            spread = any(cell.std > 0 for cells in points.values() for cell in cells.values())
+            for n_edits, cells in points.items():
+                table.add_row(str(n_edits), *(_show(cells.get(name), spread=spread) for name in shown))
+            tables.append(table)
+        return tables
+
     def to_csv(self) -> str:
-        """One line per column and metric: column, metric, protocol, mean, std, n."""
+        """One line per number; `measured` is "end" for all records at their group's end, "checkpoint" on the way."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["column", "metric", "protocol", "mean", "std", "n"])
-        for column, cells in self.cells.items():
+        writer.writerow(["regime", "measured", "n_edits", "column", "metric", "protocol", "mean", "std", "n"])
+        for measured, n_edits, column, cells in self._points():
             for name, cell in cells.items():
-                writer.writerow([column, name, cell.protocol, repr(cell.mean), repr(cell.std), cell.n])
+                place = [self.regime, measured, n_edits, column, name, cell.protocol]
+                writer.writerow([*place, repr(cell.mean), repr(cell.std), cell.n])
         return out.getvalue()
+
+    def _points(self) -> Iterator[tuple[str, int, str, Mapping[str, Cell]]]:
+        for column, cells in self.cells.items():
+            yield "end", self.n_edits, column, cells
+        for column, points in self.checkpoints.items():
+            for n_edits, cells in points.items():
+                yield "checkpoint", n_edits, column, cells
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
-            "columns": {
-                column: {name: vars(cell) for name, cell in cells.items()} for column, cells in self.cells.items()
+            "regime": self.regime,
+            "n_edits": self.n_edits,
+            "columns": {column: _plain(cells) for column, cells in self.cells.items()},
+            "checkpoints": {
+                column: {str(n_edits): _plain(cells) for n_edits, cells in points.items()}
+                for column, points in self.checkpoints.items()
             },
             "seconds": {
                 column: {stage: vars(spread) for stage, spread in own.items()} for column, own in self.seconds.items()
@@ -135,6 +175,28 @@ class Summary:
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False, default=str) + "\n"
+
+
+def _at_group_ends(records: Iterable[CaseRecord]) -> list[CaseRecord]:
+    """The last record of each seed, case and column, in the order of the records."""
+    last = {(record.seed, record.case_id, record.column): record.n_edits for record in _by_edits(records)}
+    return [record for record in records if last[record.seed, record.case_id, record.column] == record.n_edits]
+
+
+def _by_edits(records: Iterable[CaseRecord]) -> list[CaseRecord]:
+    return sorted(records, key=lambda record: record.n_edits)
+
+
+def _checkpoints(records: Iterable[CaseRecord]) -> dict[str, dict[int, dict[str, Cell]]]:
+    grouped: dict[str, dict[int, list[CaseRecord]]] = {}
+    for record in _by_edits(records):
+        if record.failure is None:
+            grouped.setdefault(record.column, {}).setdefault(record.n_edits, []).append(record)
+    return {column: {n: _cells(own) for n, own in points.items()} for column, points in grouped.items()}
+
+
+def _plain(cells: Mapping[str, Cell]) -> dict[str, dict[str, Any]]:
+    return {name: vars(cell) for name, cell in cells.items()}
 
 
 def _cells(records: Sequence[CaseRecord]) -> dict[str, Cell]:

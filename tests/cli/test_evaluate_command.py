@@ -30,6 +30,7 @@ def test_prints_the_object_scripts_rely_on(rep_fast, command):
     assert done.code == 0, done.err
     found = done.json
     assert {"model", "cases", "seeds", "backend", "timing", "metrics"} <= found.keys()
+    assert (found["regime"], found["n_edits"], found["checkpoints"]) == ("single", 1, {})
     assert found["cases"] == 2
     assert found["seeds"] == [0, 1]
     assert list(found["metrics"]) == ["rome", "rome+rep", "rome+rep[paper]"]
@@ -138,6 +139,7 @@ def test_the_table_names_every_column(rep_fast, command):
         (["--layers", "1,2"], "one"),
         (["--set", "v_steps"], "NAME=VALUE"),
         (["--resume"], "--out"),
+        (["--keep-edits"], "--out"),
     ],
 )
 def test_usage_errors_have_status_2(rep_fast, command, options, word):
@@ -154,6 +156,13 @@ def test_usage_errors_have_status_2(rep_fast, command, options, word):
         (["--set", "no_such=1"], "no_such"),
         (["--preset", "nowhere"], "nowhere"),
         (["--layers", "99"], "99"),
+        (["--regime", "batch"], "regime 'batch' is unknown; write single, batch:100"),
+        (["--regime", "cumulative:0"], "it must be 1 or more"),
+        (["--evaluate-every", "1"], "is evaluated after its 1 edit anyway"),
+        (["--regime", "sequential:2", "--ceiling"], "take it in regime single"),
+        (["--regime", "batch:2"], "rome writes one fact at a time, got 2"),
+        (["--metrics", "success,wisdom"], "metric 'wisdom' is unknown; choose from success"),
+        (["--references", "nowhere.json"], "there is no file of reference texts nowhere.json"),
     ],
 )
 def test_unknown_names_are_told_in_one_sentence(rep_fast, command, options, word):
@@ -168,3 +177,54 @@ def test_the_ceiling_is_a_column_of_its_own(rep_fast, command):
     done = rep_fast(*command, "--ceiling", "--json")
     assert done.code == 0, done.err
     assert list(done.json["metrics"]) == ["rome", "ceiling"]
+
+
+def test_edits_are_stacked_and_asked_about_on_the_way(rep_fast, command, tmp_path):
+    out = tmp_path / "run"
+    done = rep_fast(
+        *command, "--rep", "--regime", "sequential", "--evaluate-every", "1", "--out", out, "--keep-edits", "--json"
+    )
+    assert done.code == 0, done.err
+    found = done.json
+    assert (found["regime"], found["n_edits"]) == ("sequential", 2)
+    assert list(found["metrics"]) == ["rome", "rome+rep"]
+    for column, points in found["checkpoints"].items():
+        assert [points[n]["success"]["n"] for n in ("1", "2")] == [1, 2]
+        assert points["2"]["success"] == found["metrics"][column]["success"]
+    assert found["protocols"]["success"] == "REP"
+    assert len(list((out / "edits").rglob("*.safetensors"))) == 4
+    assert "sequential,checkpoint,1,rome,success,REP," in (out / "summary.csv").read_text()
+
+
+def test_a_group_with_too_few_records_is_told_of(rep_fast, command):
+    done = rep_fast(*command, "--regime", "sequential:3")
+    assert done.code == 0, done.err
+    assert "regime sequential:3: there are only 2 records, they make one group" in done.err
+    assert "regime sequential:3, 2 records written to one model" in done.out
+
+
+@pytest.mark.parametrize("asked", [["--fluency"], ["--metrics", "fluency"]])
+def test_fluency_is_measured_when_asked_for(rep_fast, command, asked, tmp_path):
+    pytest.importorskip("nltk", reason="nltk is not installed")
+    plain = rep_fast(*command, "--json").json
+    assert "fluency" not in plain["metrics"]["rome"]
+    done = rep_fast(*command, *asked, "--json")
+    assert done.code == 0, done.err
+    assert done.json["metrics"]["rome"]["fluency"]["n"] == 2
+    assert done.json["protocols"]["fluency"] == "REP"
+
+
+def test_consistency_needs_reference_texts(rep_fast, command, tmp_path):
+    pytest.importorskip("nltk", reason="nltk is not installed")
+    references = tmp_path / "references.json"
+    references.write_text(json.dumps({"Antarctica": ["Antarctica is a continent of ice"]}))
+    done = rep_fast(*command, "--references", references, "--json")
+    assert done.code == 0, done.err
+    assert done.json["metrics"]["rome"]["consistency"]["n"] == 2
+
+
+def test_the_table_shows_the_metrics_that_were_named(rep_fast, command):
+    done = rep_fast(*command, "--metrics", "success,path_score")
+    assert done.code == 0, done.err
+    assert "path_score" in done.out
+    assert "locality" not in done.out

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rep_fast.evaluation import METRICS, PROTOCOL_OF, CaseRecord, PromptScore, measure
+from rep_fast.evaluation import METRICS, PROTOCOL_OF, CaseRecord, GeneratedText, PromptScore, measure
 
 
 def prompt(*hits: int, nll: float = 1.0, agreement: float | None = None) -> PromptScore:
@@ -107,6 +107,65 @@ def test_path_score_is_the_mean_of_what_there_is():
     assert measure([record(0, **with_locality)])["path_score"][0] == pytest.approx(100 * 1.25 / 3)
 
 
+def test_pac_numbers_are_token_match_and_agreement():
+    """By hand: two records of a two-token target, half and all of it right; agreement 1/4 and 1, not correctness."""
+    records = [
+        record(
+            0,
+            success={"new": (prompt(1, 0),)},
+            paraphrase={"new": (prompt(0, 0), prompt(1, 0))},
+            locality={"kept": (prompt(1, 1, agreement=0.25),)},
+        ),
+        record(1, success={"new": (prompt(1, 1),)}, locality={"kept": (prompt(0, 0, agreement=1.0),)}),
+    ]
+    measured = measure(records)
+    assert measured["path_efficacy"] == (75.0, 2)
+    assert measured["path_generality"] == (25.0, 1)
+    assert measured["path_locality"] == (62.5, 2)
+    assert measured["path_score"][0] == pytest.approx((75.0 + 25.0 + 62.5) / 3)
+    assert measured["success"] == (50.0, 2)
+
+
+def test_zsre_counts_correct_tokens_of_records_whose_neighbours_are_questions():
+    """By hand: Eff = mean(2/3, 1), Gen of the one record that has paraphrases, Spe = correctness of "loc?" answers."""
+    zsre = [
+        record(
+            0,
+            success={"new": (prompt(1, 1, 0),)},
+            paraphrase={"new": (prompt(1, 0, 0),)},
+            locality={"kept": (prompt(0, 0, agreement=1.0),)},
+            question={"true": (prompt(1, 0),)},
+        ),
+        record(
+            1,
+            success={"new": (prompt(1),)},
+            locality={"kept": (prompt(1, agreement=1.0),)},
+            question={"true": (prompt(0),)},
+        ),
+    ]
+    counterfact = record(2, success={"new": (prompt(0),)}, locality={"kept": (prompt(0, agreement=1.0),)})
+    measured = measure([*zsre, counterfact])
+    assert measured["zsre_efficacy"] == (pytest.approx(100 * (2 / 3 + 1) / 2), 2)
+    assert measured["zsre_generality"] == (pytest.approx(100 / 3), 1)
+    assert measured["zsre_specificity"] == (25.0, 2)
+    assert measured["locality"] == (100.0, 3)
+    assert not {name for name in measure([counterfact]) if name.startswith("zsre")}
+
+
+def test_measures_of_generated_texts_are_times_100_and_per_record():
+    texts = (
+        GeneratedText("prompt", "a", 5.0),
+        GeneratedText("generation", "b", 4.0),
+        GeneratedText("generation", "c", 6),
+    )
+    records = [
+        CaseRecord(0, 0, "rome", generated=texts, consistency=0.25),
+        CaseRecord(0, 1, "rome", generated=texts[:1]),
+        CaseRecord(0, 2, "rome", generated=(GeneratedText("prompt", "d", 2.0),), consistency=0.75),
+    ]
+    assert measure(records) == {"fluency": (400.0, 3), "generation_fluency": (500.0, 1), "consistency": (50.0, 2)}
+
+
 def test_infinite_nll_is_probability_zero():
     records = [record(0, success={"new": (prompt(0, nll=math.inf),), "true": (prompt(1, nll=0.0),)})]
     assert measure(records)["em_diff"][0] == pytest.approx(-100.0)
@@ -119,5 +178,5 @@ def test_nothing_measured_without_prompts():
 
 def test_every_metric_has_a_protocol_and_a_meaning():
     assert len(PROTOCOL_OF) == len(METRICS)
-    assert set(PROTOCOL_OF.values()) == {"REP", "EasyEdit", "PAC", "ROME"}
+    assert set(PROTOCOL_OF.values()) == {"REP", "EasyEdit", "PAC", "ROME", "zsRE"}
     assert all(metric.meaning for metric in METRICS)

@@ -4,47 +4,14 @@ import json
 
 import pytest
 import torch
+from example_cases import LAYER, PROTOCOL, TEXT, make_cases, random_edit, without_times
 
-from rep_fast.edits import Edit, LowRank, ModuleEdit
+from rep_fast.edits import Edit
 from rep_fast.errors import HparamError, NothingToEditError, OutputError, RecordError, RunMismatchError
 from rep_fast.evaluation import Protocol, case_questions, evaluate_single, oracle_patch, perturb_case
 from rep_fast.evaluation.questions import base_questions
-from rep_fast.facts import EditCase, Fact, MemoryText, Sided
+from rep_fast.facts import EditCase, Fact
 from rep_fast.models import Site
-
-LAYER = 1
-TEXT = MemoryText("words", ["the world is wide and long", "people went home again", "because of this they stay"] * 4)
-PROTOCOL = Protocol(n_words=8, long_in=2, long_out=1)
-
-
-def make_cases(n: int = 3) -> list[EditCase]:
-    subjects = ["Slovenia", "Danielle Darrieux", "Michael Jordan"]
-    return [
-        EditCase(
-            case_id=10 + i,
-            fact=Fact("{} belongs to the continent of", subjects[i % 3], "Antarctica", "Europe"),
-            paraphrase_prompts=("In the world, it is part of", "Its continent is"),
-            neighborhood_prompts=("Paris belongs to the continent of", "Zürich belongs to the continent of"),
-            neighborhood_target="Europe",
-            subject_rephrases=Sided(("The Republic",), ("Republic of it", "This land")),
-        )
-        for i in range(n)
-    ]
-
-
-def random_edit(lm, case: EditCase, seed: int, *, size: float = 3.0) -> Edit:
-    generator = torch.Generator().manual_seed(1000 * seed + case.case_id)
-    left = size * torch.randn(lm.hidden_size, 1, generator=generator, dtype=lm.dtype)
-    right = torch.randn(1, lm.key_width(LAYER), generator=generator, dtype=lm.dtype)
-    v_star = 5 * torch.randn(lm.hidden_size, generator=generator, dtype=lm.dtype)
-    return Edit(
-        facts=(case.fact,),
-        method="random",
-        hparams={},
-        fingerprint=lm.fingerprint,
-        modules=(ModuleEdit(LAYER, LowRank(left, right)),),
-        tensors={"v_star": v_star},
-    )
 
 
 def columns_of(lm, **more):
@@ -58,10 +25,6 @@ def columns_of(lm, **more):
 def evaluate(lm, cases=None, columns=None, **options):
     options = {"seeds": (0, 1), "text": TEXT, "protocol": PROTOCOL, **options}
     return evaluate_single(lm, cases or make_cases(), columns or columns_of(lm), **options)
-
-
-def without_times(summary):
-    return summary.to_dict() | {"seconds": None}
 
 
 def test_null_edit_keeps_every_neighbour_and_a_large_one_does_not(tiny_lm64):
