@@ -20,6 +20,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rep_fast.models import EditableLM
 
@@ -249,6 +250,27 @@ def make_lm(
     if dtype == torch.float64:
         make_exact(model)
     return EditableLM(model, tokenizer, name=f"tiny-{family}")
+
+
+class ShapesSeen(TorchDispatchMode):
+    """Shapes of every tensor any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                self.shapes.add(tuple(tensor.shape))
+        return out
+
+
+@pytest.fixture
+def shapes_seen() -> type[ShapesSeen]:
+    """Spy on allocations: `with shapes_seen() as seen`, then `seen.shapes`."""
+    return ShapesSeen
 
 
 @pytest.fixture(scope="session", autouse=True)

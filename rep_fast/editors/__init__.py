@@ -8,6 +8,7 @@ from __future__ import annotations
 from rep_fast.editors.door import Editor, get, names
 from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
 from rep_fast.editors.knowledge_neurons import KnowledgeNeuronsHparams, knowledge_neurons
+from rep_fast.editors.pac import PacHparams, pac
 from rep_fast.editors.rome import RomeHparams, closed_form, rome
 from rep_fast.editors.value import OptimisedValue, ValueHparams, optimise_value
 
@@ -16,6 +17,7 @@ __all__ = [
     "FineTuningHparams",
     "KnowledgeNeuronsHparams",
     "OptimisedValue",
+    "PacHparams",
     "RomeHparams",
     "ValueHparams",
     "closed_form",
@@ -24,5 +26,6 @@ __all__ = [
     "knowledge_neurons",
     "names",
     "optimise_value",
+    "pac",
     "rome",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
 from rep_fast.editors.knowledge_neurons import KnowledgeNeuronsHparams, knowledge_neurons
+from rep_fast.editors.pac import PacHparams, pac
 from rep_fast.editors.rome import RomeHparams, rome
 from rep_fast.edits import Edit
 from rep_fast.errors import HparamError
@@ -26,7 +27,7 @@ class Editor:
 
     name: at the door. hparams_type: dataclass with `layers`, a tuple (a field, or a property of a single-layer method).
     write: function (lm, facts, *, hparams, method, …) → Edit. takes: what else it is handed, of "moments", "templates",
-    "state" and "cache_dir". is_batch: whether it writes several facts in one edit.
+    "state", "cache_dir" and "seed". is_batch: whether it writes several facts in one edit.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Editor:
         hparams = self.hparams(lm) if hparams is None else hparams
         if templates is None and "templates" in self.takes:
             templates = context_templates(lm, style=hparams.template_style, seed=seed, cache_dir=cache_dir)
-        shared = {"moments": moments, "templates": templates, "state": state, "cache_dir": cache_dir}
+        shared = {"moments": moments, "templates": templates, "state": state, "cache_dir": cache_dir, "seed": seed}
         handed = {name: value for name, value in shared.items() if name in self.takes}
         return self.write(lm, facts, hparams=hparams, method=self.name, **handed)
 
@@ -110,6 +111,7 @@ _EDITORS = {
         Editor("r-rome", RomeHparams, rome),
         *(Editor(name, FineTuningHparams, fine_tune, frozenset(), is_batch=True) for name in FINE_TUNING),
         Editor("kn", KnowledgeNeuronsHparams, knowledge_neurons, frozenset({"templates"})),
+        Editor("pac", PacHparams, pac, frozenset({"seed"}), is_batch=True),
     )
 }
 

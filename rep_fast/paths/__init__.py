@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from rep_fast.paths.node_scores import NodeScores, score_nodes
-from rep_fast.paths.selection import LayerMap, NodeSet, Path, PathSelection, layer_map, select
+from rep_fast.paths.node_scores import KEY_NODES, SCORES, NodeScores, score_nodes
+from rep_fast.paths.selection import MODES, LayerMap, NodeSet, Path, PathSelection, layer_map, select
 from rep_fast.paths.tracing import LayerTrace, Trace, target_nll, trace_answers
 
 __all__ = [
+    "KEY_NODES",
+    "MODES",
+    "SCORES",
     "LayerMap",
     "LayerTrace",
     "NodeScores",

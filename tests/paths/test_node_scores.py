@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rep_fast.edits import Dense, Edit, ModuleEdit
 from rep_fast.errors import HparamError, PromptError
@@ -142,28 +141,12 @@ def test_nll_is_the_mean_over_target_tokens(tiny_llama64):
     assert score_nodes(lm, FACTS[2]).nll == (pytest.approx(float(expected), rel=1e-12),)
 
 
-class ShapesSeen(TorchDispatchMode):
-    """Shapes of every tensor any operation returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        view = func.is_view if hasattr(func, "is_view") else False
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor) and not view:
-                self.shapes.add(tuple(tensor.shape))
-        return out
-
-
 @pytest.mark.parametrize("weights_require_grad", [False, True])
-def test_no_weight_gradient_is_ever_allocated(family, build_lm, weights_require_grad):
+def test_no_weight_gradient_is_ever_allocated(family, build_lm, shapes_seen, weights_require_grad):
     lm = build_lm(family)
     lm.model.requires_grad_(weights_require_grad)
     answer = lm.answer(FACTS[0].text, FACTS[0].target_new)
-    with ShapesSeen() as seen:
+    with shapes_seen() as seen:
         trace_answers(lm, [answer], gate=lm.has_gate, products=True)
     d, m = lm.hidden_size, lm.key_width(0)
     assert all(parameter.grad is None for parameter in lm.model.parameters())
@@ -171,11 +154,11 @@ def test_no_weight_gradient_is_ever_allocated(family, build_lm, weights_require_
     assert any(shape[-1:] == (m,) for shape in seen.shapes)
 
 
-def test_dispatch_spy_sees_weight_gradients(build_lm):
+def test_dispatch_spy_sees_weight_gradients(build_lm, shapes_seen):
     """The test above can fail: an ordinary backward pass does allocate them."""
     lm = build_lm("llama")
     lm.model.requires_grad_(True)
-    with ShapesSeen() as seen:
+    with shapes_seen() as seen:
         lm.logits([[1, 2, 3]]).sum().backward()
     assert {(lm.hidden_size, lm.key_width(0)), (lm.key_width(0), lm.hidden_size)} & seen.shapes
 
