@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rep_fast.editors.alphaedit import AlphaEditHparams, alphaedit
+from rep_fast.editors.emmet import EmmetHparams, emmet
 from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
 from rep_fast.editors.knowledge_neurons import KnowledgeNeuronsHparams, knowledge_neurons
+from rep_fast.editors.memit import MemitHparams, memit
 from rep_fast.editors.pac import PacHparams, pac
+from rep_fast.editors.pmet import PmetHparams, pmet
 from rep_fast.editors.rome import RomeHparams, rome
+from rep_fast.editors.state import EditorState
 from rep_fast.edits import Edit
 from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
@@ -70,7 +75,7 @@ class Editor:
         moments: SecondMoments | None = None,
         hparams: Any = None,
         templates: Sequence[str] | None = None,
-        state: Any = None,
+        state: EditorState | None = None,
         seed: int = 0,
         cache_dir: str | Path | None = None,
     ) -> Edit:
@@ -104,6 +109,7 @@ class Editor:
 
 FINE_TUNING = ("ft", "ft-l", "ft-c", "ft-m")
 
+_MOMENTS_AND_STATE = frozenset({"moments", "templates", "state"})
 _EDITORS = {
     editor.name: editor
     for editor in (
@@ -112,6 +118,11 @@ _EDITORS = {
         *(Editor(name, FineTuningHparams, fine_tune, frozenset(), is_batch=True) for name in FINE_TUNING),
         Editor("kn", KnowledgeNeuronsHparams, knowledge_neurons, frozenset({"templates"})),
         Editor("pac", PacHparams, pac, frozenset({"seed"}), is_batch=True),
+        Editor("memit", MemitHparams, memit, takes=_MOMENTS_AND_STATE, is_batch=True),
+        Editor("memit-cache", MemitHparams, memit, takes=_MOMENTS_AND_STATE, is_batch=True),
+        Editor("emmet", EmmetHparams, emmet, is_batch=True),
+        Editor("pmet", PmetHparams, pmet, is_batch=True),
+        Editor("alphaedit", AlphaEditHparams, alphaedit, takes=_MOMENTS_AND_STATE | {"cache_dir"}, is_batch=True),
     )
 }
 

@@ -1,43 +1,86 @@
-"""v* by its definition: full forwards with δ added by a hook, nothing cached.
+"""v* and z by their definition: full forwards with δ added by a hook, nothing cached, one group at a time.
 
 What `value.py` is compared with, in tests for its trajectory and in `benchmarks/bench_edit.py` for its speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rep_fast.editors.value import OptimisedValue, ValueHparams, edit_texts, optimise_delta
+from rep_fast.editors.value import VALUE, OptimisedValue, ValueHparams
+from rep_fast.editors.value_descent import descend
+from rep_fast.editors.value_texts import GroupTexts, edit_texts
 from rep_fast.facts import Fact
-from rep_fast.models import EditableLM, Site
+from rep_fast.models import Batch, EditableLM, Site
 
 
 def optimise_value_plainly(
     lm: EditableLM, fact: Fact, *, layer: int, templates: Sequence[str], hparams: ValueHparams,
-    target_tok: str = "in_context",
+    sites: tuple[str, ...] = VALUE, target_tok: str = "in_context", together: Sequence[Fact] = (),
 ) -> OptimisedValue:  # fmt: skip
-    """As `value.optimise_value`, with one full forward and backward of every token and the whole head per step."""
-    texts = edit_texts(lm, fact, templates, target_tok=target_tok)
-    batch = lm.encode(texts.rows)
-    starts = torch.tensor(texts.lookup, device=lm.device)
-    row_numbers = torch.arange(batch.n_rows, device=lm.device)
-    read_rows = [row for row, positions in enumerate(texts.answer_at) for _ in positions]
-    read_at = [position for positions in texts.answer_at for position in positions]
-    key_site, value_site = Site("key", layer), Site("value", layer)
-    with torch.no_grad(), lm.capture([key_site, value_site]) as seen:
-        lm.logits(batch)
-    keys, values = seen.at(key_site, starts)[:-1], seen.at(value_site, starts)[:-1]
+    """As `value.optimise_value`, with one full forward and backward of every token and the whole head per step.
 
-    def logits(delta: Tensor) -> Tensor:
+    Args:
+        together: more facts of the same group.
+    """
+    facts = (fact, *together)
+    group = GroupTexts.of(facts, [edit_texts(lm, each, templates, target_tok=target_tok) for each in facts])
+    forward = FullForward(lm, (group,), lm.encode(group.rows), layer, sites, hparams.v_loss_layer)
+    key_site, value_sites = Site("key", layer), [Site(kind, layer) for kind in sites]
+    with torch.no_grad(), lm.capture([key_site, *value_sites]) as seen:
+        lm.logits(forward.batch)
+    lookup = torch.tensor(group.lookup, device=lm.device)
+    keys, *values = (seen.at(site, lookup)[: group.n_prompts] for site in (key_site, *value_sites))
+    v_0 = torch.stack([value[0] for value in values])[None]
+    return OptimisedValue.of(descend(forward, v_0, hparams)[0], keys, values[-1])
+
+
+@dataclass(frozen=True)
+class FullForward:
+    """One group through the whole model. loss_layer: as `ValueHparams.v_loss_layer`, no effect on an MLP output."""
+
+    lm: EditableLM
+    groups: tuple[GroupTexts, ...]
+    batch: Batch
+    layer: int
+    sites: tuple[str, ...]
+    loss_layer: int | None
+
+    def logits(self, deltas: Tensor) -> Tensor:
+        """See `value_descent.Forward`."""
+        lm, last = self.lm, self.lm.n_layers - 1
+        read = last if self.loss_layer is None or self.sites == VALUE else self.loss_layer
+        streams = Site("hidden", read)
+        with ExitStack() as stack:
+            for site, kind in enumerate(self.sites):
+                stack.enter_context(lm.patch(Site(kind, self.layer), self._adding(deltas[0, site])))
+            seen = stack.enter_context(lm.capture([streams]))
+            logits = lm.logits(self.batch)
+        early = logits if read == last else lm.head(lm.final_norm(seen[streams]))
+        kl_row = self.batch.n_rows - 1
+        return torch.stack(
+            [
+                (logits if row == kl_row else early)[row, place]
+                for row, places in enumerate(self.groups[0].answer_at)
+                for place in places
+            ]
+        )
+
+    def select(self, groups: Sequence[int]) -> FullForward:
+        """See `value_descent.Forward`."""
+        return self
+
+    def _adding(self, delta: Tensor) -> Callable[[Tensor], Tensor]:
+        rows = torch.arange(self.batch.n_rows, device=delta.device)
+        lookup = torch.tensor(self.groups[0].lookup, device=delta.device)
+
         def add(value: Tensor) -> Tensor:
-            return value.index_put((row_numbers, starts), delta.to(value.dtype), accumulate=True)
+            change = delta.to(value.dtype).expand(len(rows), -1)
+            return value.index_put((rows, lookup), change, accumulate=True)
 
-        with lm.patch(value_site, add):
-            return lm.logits(batch)[read_rows, read_at]
-
-    deltas, losses = optimise_delta(logits, texts, values[0], hparams, fact)
-    v_0 = values[0].to(deltas.dtype)
-    return OptimisedValue(v_0 + deltas[-1], v_0, keys.to(deltas.dtype), values.to(deltas.dtype), losses, deltas)
+        return add

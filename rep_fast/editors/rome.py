@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rep_fast.editors.corpus_moments import checked_moments
 from rep_fast.editors.value import OptimisedValue, ValueHparams, optimise_value
 from rep_fast.edits import Edit, LowRank, ModuleEdit
 from rep_fast.errors import HparamError
@@ -140,14 +141,8 @@ def whitened(key: Tensor, moments: SecondMoments | None, hparams: RomeHparams) -
 
 
 def _check_moments(lm: EditableLM, moments: SecondMoments | None, hparams: RomeHparams) -> None:
-    if not hparams.mom2_adjustment:
-        return
-    if moments is None:
-        raise HparamError("this edit needs second moments; collect them, or set mom2_adjustment=False to take C = I")
-    moments.check_model(lm)
-    if hparams.layer not in moments.layers:
-        held = ", ".join(map(str, moments.layers))
-        raise HparamError(f"the second moments hold layers {held}, not {hparams.layer}; collect that layer")
+    if hparams.mom2_adjustment:
+        checked_moments(lm, moments, hparams.layers, or_else=", or set mom2_adjustment=False to take C = I")
 
 
 def _warn_if_disabling(update: RankOne, averaged: Tensor, fact: Fact) -> None:

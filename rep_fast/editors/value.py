@@ -1,66 +1,46 @@
-"""v*: the value that makes the model say the new target (methods §3).
+"""v* and z: the value that makes the model say the new target (methods §3).
 
-A vector δ is added to the MLP output of one layer at the subject's last token and optimised by Adam, over the prompt
-behind several prefixes, against a KL term that keeps "{subject} is a" where it was.
+A vector δ is added at a site of one layer, at the subject's last token, and optimised by Adam over the prompt behind
+several prefixes, against a KL term that keeps "{subject} is a" where it was. The site is the MLP output (ROME: v*), the
+residual stream leaving the layer (MEMIT: z), or attention and MLP outputs at once (PMET).
 
 Exact savings, all with the same δ trajectory as the definition (`plain_value.py`): the layers up to the edit are
 constant in δ and run once, which also gives the keys; the tokens before the subject's last one cannot see δ, so of
-them only the attention keys and values are kept; the head is applied at the positions whose logits enter the loss.
+them only the attention keys and values are kept; the head is applied at the positions whose logits enter the loss;
+several facts go through the layers together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rep_fast.errors import NothingToEditError, TokenizationError
+from rep_fast.editors.value_descent import Descent, ValueHparams, descend
+from rep_fast.editors.value_texts import GroupTexts, edit_texts
+from rep_fast.errors import HparamError, NothingToEditError
 from rep_fast.facts import Fact
-from rep_fast.models import EditableLM, Site
+from rep_fast.models import EditableLM, Site, SuffixState
 
-KL_PROMPT = "{} is a"
-_SMALLEST_NORM = 1e-12
-
-
-@dataclass(frozen=True)
-class ValueHparams:
-    """Hyper-parameters of the optimisation, named as in the field.
-
-    v_steps forwards are made and v_steps − 1 updates; early_stop ends before an update once the loss is below it
-    (None: never); ‖δ‖ ≤ clamp_norm_factor·‖v_0‖.
-    """
-
-    v_steps: int = 25
-    v_lr: float = 0.5
-    v_weight_decay: float = 1e-3
-    clamp_norm_factor: float = 4.0
-    kl_factor: float = 0.0625
-    early_stop: float | None = 0.05
-
-
-@dataclass(frozen=True)
-class EditTexts:
-    """Token rows of one optimisation: the prompt behind each template, then the KL prompt.
-
-    rows: ids, the new target's tokens but the last appended to all but the last row. lookup: position of the subject's
-    last token per row. answer_at: per row the positions whose logits are read. target_ids [P, T].
-    """
-
-    rows: tuple[tuple[int, ...], ...]
-    lookup: tuple[int, ...]
-    answer_at: tuple[tuple[int, ...], ...]
-    target_ids: Tensor
+# padded tokens that are optimised together: their activations in all layers above the edit are held for the gradient
+VALUE_TOKENS = 4096
+VALUE, HIDDEN = ("value",), ("hidden",)
+ATTENTION_AND_VALUE = ("attn_out", "value")
+SITES = (VALUE, HIDDEN, ATTENTION_AND_VALUE)
 
 
 @dataclass(frozen=True)
 class OptimisedValue:
-    """What the optimisation found.
+    """What the optimisation found for one group of facts, at the (last) site.
 
-    v_star, v_0: [D] optimised and original MLP output of the bare prompt; keys [P, M], values [P, D]: key and MLP
-    output of each prompt at the subject's last token, unedited; losses: one per forward; deltas [steps, D] the
-    trajectory of δ, for comparison with the plain definition.
+    v_star, v_0: [D] optimised and original value of the bare prompt; keys [P, M], values [P, D]: key and value at the
+    site of each prompt of the first fact at the subject's last token, unedited; losses: one per forward; deltas
+    [steps, D] the trajectory of δ, for comparison with the plain definition; attention_deltas: likewise for PMET's
+    second vector, which is not written, else None; answered: per fact of the group, whether the unedited model already
+    answers its bare prompt with the new target.
     """
 
     v_star: Tensor
@@ -69,126 +49,176 @@ class OptimisedValue:
     values: Tensor
     losses: tuple[float, ...]
     deltas: Tensor
+    attention_deltas: Tensor | None = None
+    answered: tuple[bool, ...] = (False,)
 
-
-def edit_texts(
-    lm: EditableLM,
-    fact: Fact,
-    templates: Sequence[str],
-    *,
-    fact_token: str = "subject_last",
-    target_tok: str = "in_context",
-) -> EditTexts:
-    """Compose templates, prompt and target (methods §2.1, §2.4 item 4).
-
-    Raises:
-        TokenizationError: standalone targets have pulled the subject's last tokens out of a text.
-    """
-    rows, lookup, answer_at, targets = [], [], [], []
-    for template in templates:
-        prompt = template.replace("{}", fact.prompt)
-        answer = lm.answer(prompt.replace("{}", fact.subject), fact.target_new, mode=target_tok)
-        rows.append(answer.input_ids)
-        answer_at.append(answer.positions)
-        targets.append(answer.target_ids)
-        located = lm.locate(prompt, fact.subject, strategy=fact_token)
-        lookup.append(located.position)
-        # the row may be long enough and yet hold other tokens there
-        if answer.input_ids[: located.position + 1] != located.ids[: located.position + 1]:
-            raise TokenizationError(
-                f"target {fact.target_new!r} runs together with subject {fact.subject!r} at the end of "
-                f"{prompt!r} in standalone mode; use target_tok=in_context"
-            )
-    kept = lm.locate(KL_PROMPT, fact.subject, strategy=fact_token)
-    # the KL term reads the logits at the lookup token: nothing after it matters
-    rows.append(kept.ids[: kept.position + 1])
-    lookup.append(kept.position)
-    answer_at.append((kept.position,))
-    return EditTexts(tuple(rows), tuple(lookup), tuple(answer_at), torch.tensor(targets, device=lm.device))
+    @classmethod
+    def of(cls, descent: Descent, keys: Tensor, values: Tensor) -> OptimisedValue:
+        """From a descent and the unedited keys [P, M] and values [P, D]; float32 or wider."""
+        deltas = descent.deltas[:, -1]
+        keys, values = keys.to(torch.promote_types(keys.dtype, torch.float32)), values.to(deltas.dtype)
+        return cls(
+            values[0] + deltas[-1], values[0], keys, values, descent.losses, deltas,
+            descent.deltas[:, 0] if descent.deltas.shape[1] > 1 else None, descent.answered,
+        )  # fmt: skip
 
 
 def optimise_value(
     lm: EditableLM, fact: Fact, *, layer: int, templates: Sequence[str], hparams: ValueHparams,
-    fact_token: str = "subject_last", target_tok: str = "in_context",
+    sites: tuple[str, ...] = VALUE, fact_token: str = "subject_last", target_tok: str = "in_context",
 ) -> OptimisedValue:  # fmt: skip
-    """v* for one fact at the MLP output of `layer`.
+    """The value for one fact; see `optimise_values`.
 
-    Args:
-        templates: context templates, the bare `{}` first (v_0 is taken from it).
     Raises:
         NothingToEditError: the unedited model already answers the bare prompt with the new target.
-        TokenizationError: see `edit_texts`.
-    Cost: one forward of the whole batch, then v_steps passes over the layers above `layer` and the tokens from the
-    subject's last one on.
     """
-    texts = edit_texts(lm, fact, templates, fact_token=fact_token, target_tok=target_tok)
-    batch = lm.encode(texts.rows)
-    lookup = torch.tensor(texts.lookup, device=lm.device)
-    # a standalone target of an always-prepend tokenizer is read from one token before the prompt's last one, which may
-    # lie before the subject's last: that term is constant in δ, but it belongs to the loss (methods §2.4 item 4)
-    starts = [min(place, *read) for place, read in zip(texts.lookup, texts.answer_at, strict=True)]
-    key_site, value_site = Site("key", layer), Site("value", layer)
-    with torch.no_grad(), lm.capture([key_site, value_site]) as seen:
-        state = lm.suffix_state(batch, layer, starts)
-    keys, values = seen.at(key_site, lookup)[:-1], seen.at(value_site, lookup)[:-1]
-    suffix = torch.arange(state.hidden.shape[1], device=state.hidden.device)
-    is_lookup = (suffix == (lookup - state.starts).to(suffix.device)[:, None])[..., None]
-
-    def logits(delta: Tensor) -> Tensor:
-        moved = state.hidden + is_lookup * delta.to(state.hidden)
-        return lm.resume(state, moved, at=texts.answer_at)
-
-    deltas, losses = optimise_delta(logits, texts, values[0], hparams, fact)
-    v_0 = values[0].to(deltas.dtype)
-    return OptimisedValue(v_0 + deltas[-1], v_0, keys.to(deltas.dtype), values.to(deltas.dtype), losses, deltas)
+    (found,) = optimise_values(
+        lm, [(fact,)], layer=layer, templates=templates, hparams=hparams, sites=sites, fact_token=fact_token,
+        target_tok=target_tok,
+    )  # fmt: skip
+    return found
 
 
-def optimise_delta(
-    logits: Callable[[Tensor], Tensor], texts: EditTexts, v_0: Tensor, hparams: ValueHparams, fact: Fact
-) -> tuple[Tensor, tuple[float, ...]]:
-    """Adam on δ alone; returns δ after each forward [steps, D] and the losses.
+def optimise_values(
+    lm: EditableLM, groups: Sequence[Sequence[Fact]], *, layer: int, templates: Sequence[str], hparams: ValueHparams,
+    sites: tuple[str, ...] = VALUE, fact_token: str = "subject_last", target_tok: str = "in_context",
+    max_tokens: int = VALUE_TOKENS,
+) -> list[OptimisedValue]:  # fmt: skip
+    """One value per group of facts, at `layer`.
 
-    L(δ) = mean NLL of the target + kl_factor·KL(p_δ ‖ p_0) + v_weight_decay·‖δ‖/‖v_0‖²; δ and Adam's state are float32
-    or wider whatever the model's dtype.
+    Args:
+        groups: facts whose bare prompts have the same tokens up to the subject's last one; mostly one fact each.
+        templates: context templates, the bare `{}` first (v_0 is taken from it).
+        sites: one of `SITES`; the last one is the value that is returned.
+        max_tokens: groups are optimised together up to this many padded tokens; the result does not depend on it.
+    Raises:
+        NothingToEditError: the unedited model already answers every fact's bare prompt with its new target.
+        TokenizationError: see `edit_texts`. HparamError: unknown sites. LayerError: v_loss_layer below `layer`.
+    Cost: one forward of all rows, then v_steps passes over the layers above `layer` and the tokens from the subject's
+    last one on.
     """
-    dtype = torch.promote_types(v_0.dtype, torch.float32)
-    v_0_norm = v_0.detach().to(dtype).norm()
-    delta = torch.zeros(v_0.shape, dtype=dtype, device=v_0.device, requires_grad=True)
-    optimiser = torch.optim.Adam([delta], lr=hparams.v_lr)
-    log_p_0: Tensor | None = None
-    losses, deltas = [], []
-    for step in range(hparams.v_steps):
-        rows = logits(delta).to(dtype)
-        if log_p_0 is None:
-            log_p_0 = rows[-1].detach().log_softmax(dim=-1)
-            _check_something_to_edit(rows, texts, fact)
-        loss = _loss(rows, texts, delta, log_p_0, v_0_norm, hparams)
-        losses.append(float(loss.detach()))
-        deltas.append(delta.detach().clone())
-        done = hparams.early_stop is not None and losses[-1] < hparams.early_stop
-        if done or step == hparams.v_steps - 1:
-            break
-        (delta.grad,) = torch.autograd.grad(loss, [delta])  # weights get no gradient, nothing accumulates
-        optimiser.step()
-        with torch.no_grad():
-            delta.mul_((hparams.clamp_norm_factor * v_0_norm / delta.norm().clamp_min(_SMALLEST_NORM)).clamp_max(1.0))
-    return torch.stack(deltas), tuple(losses)
-
-
-def _loss(
-    rows: Tensor, texts: EditTexts, delta: Tensor, log_p_0: Tensor, v_0_norm: Tensor, hparams: ValueHparams
-) -> Tensor:
-    log_p = rows.log_softmax(dim=-1)
-    nll = -log_p[:-1].gather(1, texts.target_ids.reshape(-1, 1)).mean()
-    # expectation under the current distribution, as in ROME
-    kl = (log_p[-1].exp() * (log_p[-1] - log_p_0)).sum()
-    return nll + hparams.kl_factor * kl + hparams.v_weight_decay * delta.norm() / v_0_norm**2
-
-
-def _check_something_to_edit(rows: Tensor, texts: EditTexts, fact: Fact) -> None:
-    """The bare prompt's answers stand first: one row of logits per target token."""
-    n_targets = texts.target_ids.shape[1]
-    if bool((rows[:n_targets].argmax(dim=-1) == texts.target_ids[0]).all()):
+    if sites not in SITES:
+        raise HparamError(f"a value cannot be optimised at {sites}; choose from {', '.join(map(str, SITES))}")
+    texts = [
+        GroupTexts.of(
+            group, [edit_texts(lm, fact, templates, fact_token=fact_token, target_tok=target_tok) for fact in group]
+        )
+        for group in groups
+    ]
+    found: dict[int, OptimisedValue] = {}
+    for numbers in _chunks(texts, max_tokens):
+        forward, keys, values = ResumedForward.start(lm, [texts[number] for number in numbers], layer, sites, hparams)
+        v_0 = torch.stack([torch.stack([site[0] for site in of_group]) for of_group in values])
+        for number, descent, group_keys, group_values in zip(
+            numbers, descend(forward, v_0, hparams), keys, values, strict=True
+        ):
+            found[number] = OptimisedValue.of(descent, group_keys, group_values[-1])
+    if all(already for value in found.values() for already in value.answered):
+        fact = groups[0][0]
         raise NothingToEditError(
             f"the model already answers {fact.text!r} with {fact.target_new!r}; choose another target"
         )
+    return [found[number] for number in range(len(groups))]
+
+
+@dataclass(frozen=True)
+class ResumedForward:
+    """Forwards that start at the edit: δ [G, S, D] → logits of the rows of all groups.
+
+    state: at the edited layer, or where the attention's output is moved below it. is_lookup: [rows, S, 1], the token of
+    each row that δ is added to. group_of: [rows].
+    """
+
+    lm: EditableLM
+    groups: tuple[GroupTexts, ...]
+    state: SuffixState
+    is_lookup: Tensor
+    group_of: Tensor
+    layer: int
+    sites: tuple[str, ...]
+    read_layers: tuple[int, ...]
+
+    @classmethod
+    def start(
+        cls, lm: EditableLM, groups: Sequence[GroupTexts], layer: int, sites: tuple[str, ...], hparams: ValueHparams
+    ) -> tuple[ResumedForward, list[Tensor], list[list[Tensor]]]:
+        """The forward, and per group its first fact's unedited keys [P, M] and values at each site [P, D]."""
+        batch = lm.encode([row for group in groups for row in group.rows])
+        lookup = [place for group in groups for place in group.lookup]
+        # a standalone target of an always-prepend tokenizer is read from one token before the prompt's last one, which
+        # may lie before the subject's last: that term is constant in δ, but belongs to the loss (methods §2.4 item 4)
+        reads = [read for group in groups for read in group.answer_at]
+        starts = [min(place, *read) for place, read in zip(lookup, reads, strict=True)]
+        key_site, value_sites = Site("key", layer), [Site(kind, layer) for kind in sites]
+        begin = layer - 1 if sites == ATTENTION_AND_VALUE else layer
+        with torch.no_grad(), lm.capture([key_site, *value_sites]) as seen:
+            state = lm.suffix_state(batch, begin, starts)
+        at_lookup = torch.tensor(lookup, device=lm.device)
+        bounds = _first_rows(groups)
+        keys = [seen.at(key_site, at_lookup)[first:end] for first, end in bounds]
+        values = [[seen.at(site, at_lookup)[first:end] for site in value_sites] for first, end in bounds]
+        suffix = torch.arange(state.hidden.shape[1], device=state.hidden.device)
+        is_lookup = (suffix == (at_lookup - state.starts).to(suffix.device)[:, None])[..., None]
+        group_of = [number for number, group in enumerate(groups) for _ in group.rows]
+        read_layers = _read_layers(lm, groups, sites, hparams)
+        forward = cls(
+            lm, tuple(groups), state, is_lookup, torch.tensor(group_of, device=suffix.device), layer, sites, read_layers
+        )
+        return forward, keys, values
+
+    def logits(self, deltas: Tensor) -> Tensor:
+        """See `value_descent.Forward`."""
+        rows = deltas.to(self.state.hidden)[self.group_of]  # [rows, S, D]
+        added = [self.is_lookup * rows[:, site, None] for site in range(len(self.sites))]
+        at = [read for group in self.groups for read in group.answer_at]
+        if len(added) == 1:  # a change of the MLP's output is one of the residual stream leaving the layer
+            return self.lm.resume(self.state, self.state.hidden + added[0], at=at, read_layers=self.read_layers)
+        with ExitStack() as stack:
+            for kind, change in zip(self.sites, added, strict=True):
+                stack.enter_context(self.lm.patch(Site(kind, self.layer), change.add))
+            return self.lm.resume(self.state, self.state.hidden, at=at, read_layers=self.read_layers)
+
+    def select(self, groups: Sequence[int]) -> ResumedForward:
+        """See `value_descent.Forward`."""
+        chosen = [self.groups[number] for number in groups]
+        rows = torch.cat([(self.group_of == number).nonzero()[:, 0] for number in groups])
+        group_of = [place for place, group in enumerate(chosen) for _ in group.rows]
+        return ResumedForward(
+            self.lm, tuple(chosen), self.state.select(rows.tolist()), self.is_lookup[rows],
+            torch.tensor(group_of, device=rows.device), self.layer, self.sites,
+            tuple(self.read_layers[row] for row in rows.tolist()),
+        )  # fmt: skip
+
+
+def _read_layers(
+    lm: EditableLM, groups: Sequence[GroupTexts], sites: tuple[str, ...], hparams: ValueHparams
+) -> tuple[int, ...]:
+    """Layer after which each row's logits are read: v_loss_layer for targets, the last for the KL prompt."""
+    last = lm.n_layers - 1
+    loss_layer = last if hparams.v_loss_layer is None or sites == VALUE else lm.check_layer(hparams.v_loss_layer)
+    return tuple(layer for group in groups for layer in (*[loss_layer] * (group.n_rows - 1), last))
+
+
+def _first_rows(groups: Sequence[GroupTexts]) -> list[tuple[int, int]]:
+    """(first, end) of each group's rows of its first fact."""
+    bounds, begin = [], 0
+    for group in groups:
+        bounds.append((begin, begin + group.n_prompts))
+        begin += group.n_rows
+    return bounds
+
+
+def _chunks(texts: Sequence[GroupTexts], max_tokens: int) -> Iterator[list[int]]:
+    """Numbers of groups whose rows, padded, stay within `max_tokens` (one group at least), longest first."""
+    order = sorted(range(len(texts)), key=lambda number: (-texts[number].longest, number))
+    chunk: list[int] = []
+    n_rows = 0
+    for number in order:
+        longest = texts[chunk[0]].longest if chunk else 0
+        if chunk and (n_rows + texts[number].n_rows) * longest > max_tokens:
+            yield chunk
+            chunk, n_rows = [], 0
+        chunk.append(number)
+        n_rows += texts[number].n_rows
+    if chunk:
+        yield chunk

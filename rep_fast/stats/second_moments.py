@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rep_fast.errors import FingerprintError, HparamError, LayerError, NonFiniteError
 from rep_fast.ops.spd_solver import SpdSolver
+from rep_fast.stats.null_space import NullSpace, cached_null_space
 from rep_fast.stats.triangle import packed, unpacked, width_of
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class SecondMoments:
         self._triangles = {layer: triangles[layer].cpu() for layer in sorted(triangles)}
         self._counts = {layer: int(counts[layer]) for layer in sorted(counts)}
         self._solvers: dict[tuple[Any, ...], SpdSolver] = {}
+        self._null_spaces: dict[tuple[Any, ...], NullSpace] = {}
 
     @classmethod
     def collect(
@@ -183,6 +185,31 @@ class SecondMoments:
                 logger.warning("second moment of layer %d is singular; used ridge %g", layer, solver.report.ridge)
             self._solvers[key] = solver
         return self._solvers[key]
+
+    def null_space(
+        self, layer: int, *, threshold: float | None, share: float | None = None, cache_dir: str | Path | None = None
+    ) -> NullSpace:
+        """Directions of a layer's keys that the corpus hardly uses, kept for the next call and on disk.
+
+        Args:
+            threshold, share: which eigenvalues count as small, exactly one of the two, see `find_null_space`.
+            cache_dir: where bases are kept, default `$REP_FAST_CACHE`.
+        Raises:
+            LayerError: no second moment of that layer. HparamError: see `find_null_space`.
+        """
+        key = (layer, threshold, share)
+        if key not in self._null_spaces:
+            found = cached_null_space(
+                self.second_moment(layer).to(self.device),
+                threshold=threshold,
+                share=share,
+                identity={"fingerprint": self.fingerprint, "layer": layer},
+                model_name=self.model_name,
+                dtype=self._triangle(layer).dtype,
+                cache_dir=cache_dir,
+            )
+            self._null_spaces[key] = NullSpace(found.basis.to(self.device), found.is_complement, found.eigenvalue)
+        return self._null_spaces[key]
 
     def check_model(self, lm: EditableLM) -> None:
         """Raise FingerprintError when these are another model's second moments."""

@@ -10,13 +10,20 @@ import torch
 
 from rep_fast.editors import ValueHparams, optimise_value
 from rep_fast.editors.plain_value import optimise_value_plainly
-from rep_fast.editors.value import edit_texts, optimise_delta
-from rep_fast.errors import NothingToEditError, TokenizationError
+from rep_fast.editors.value import ATTENTION_AND_VALUE, HIDDEN, SITES, VALUE, optimise_values
+from rep_fast.editors.value_texts import edit_texts
+from rep_fast.errors import HparamError, LayerError, NothingToEditError, TokenizationError
 from rep_fast.facts import Fact
-from rep_fast.models import EditableLM
+from rep_fast.models import EditableLM, Site
 
 FACT = Fact("{} belongs to the continent of", "Slovenia", "Antarctica", "Europe")
 TEMPLATES = ("{}", "I think that. {}", "Because of this, they went. {}")
+BATCH = (
+    FACT,
+    Fact("The Republic of {} is in", "Slovenia", "Paris"),
+    Fact("The mother tongue of {} is", "Danielle Darrieux", "Korean"),
+    Fact("{} plays the sport of", "Kobe Bryant", "Los Angeles"),
+)
 # random weights never fall below the early stop; a few steps are enough to see every term at work
 HPARAMS = ValueHparams(v_steps=6, early_stop=None, v_weight_decay=0.5)
 
@@ -30,6 +37,83 @@ def test_trajectory_equals_the_definition(tiny_lm64: EditableLM) -> None:
     assert float(((fast.deltas - plain.deltas).norm(dim=1) / scale).max()) <= 1e-9
     torch.testing.assert_close(fast.losses, plain.losses, rtol=1e-9, atol=0)
     torch.testing.assert_close(fast.keys, plain.keys, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss_layer", [None, 1, 2])
+@pytest.mark.parametrize("sites", [HIDDEN, ATTENTION_AND_VALUE], ids="+".join)
+def test_other_sites_follow_the_definition(
+    tiny_lm64: EditableLM, sites: tuple[str, ...], loss_layer: int | None
+) -> None:
+    """MEMIT's and PMET's sites, targets read after any layer from the edited one on."""
+    hparams = dataclasses.replace(HPARAMS, v_loss_layer=loss_layer)
+    settings = {"layer": 1, "templates": TEMPLATES, "hparams": hparams, "sites": sites}
+    fast = optimise_value(tiny_lm64, FACT, **settings)
+    plain = optimise_value_plainly(tiny_lm64, FACT, **settings)
+    torch.testing.assert_close(fast.deltas, plain.deltas, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fast.losses, plain.losses, rtol=1e-9, atol=0)
+    torch.testing.assert_close(fast.v_star, plain.v_star, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(fast.values, plain.values, rtol=1e-12, atol=1e-12)
+    assert (fast.attention_deltas is not None) == (sites == ATTENTION_AND_VALUE)
+    if fast.attention_deltas is not None:
+        torch.testing.assert_close(fast.attention_deltas, plain.attention_deltas, rtol=1e-9, atol=1e-12)
+        assert float(fast.attention_deltas[-1].norm()) > 0
+
+
+def test_the_lowest_layer_has_an_attention_too(tiny_llama64: EditableLM) -> None:
+    settings = {"layer": 0, "templates": TEMPLATES, "hparams": HPARAMS, "sites": ATTENTION_AND_VALUE}
+    fast = optimise_value(tiny_llama64, FACT, **settings)
+    plain = optimise_value_plainly(tiny_llama64, FACT, **settings)
+    torch.testing.assert_close(fast.attention_deltas, plain.attention_deltas, rtol=1e-9, atol=1e-12)
+
+
+def test_v_0_is_the_value_of_the_bare_prompt_at_its_site(tiny_llama64: EditableLM) -> None:
+    located = tiny_llama64.locate(FACT.prompt, FACT.subject)
+    for sites in SITES:
+        hparams = dataclasses.replace(HPARAMS, v_steps=1)
+        found = optimise_value(tiny_llama64, FACT, layer=1, templates=TEMPLATES, hparams=hparams, sites=sites)
+        site = Site(sites[-1], 1)
+        wanted = tiny_llama64.read([located.ids], [site])[site][0, located.position]
+        torch.testing.assert_close(found.v_0, wanted.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_v_loss_layer_changes_nothing_for_rome(tiny_llama64: EditableLM) -> None:
+    settings = {"layer": 0, "templates": TEMPLATES, "sites": VALUE}
+    one = optimise_value(tiny_llama64, FACT, hparams=HPARAMS, **settings)
+    other = optimise_value(tiny_llama64, FACT, hparams=dataclasses.replace(HPARAMS, v_loss_layer=1), **settings)
+    assert torch.equal(one.deltas, other.deltas)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 70, 10**6])
+@pytest.mark.parametrize("sites", SITES, ids="+".join)
+def test_facts_of_a_batch_do_not_touch_each_other(
+    tiny_llama64: EditableLM, sites: tuple[str, ...], max_tokens: int
+) -> None:
+    """Every fact gets what it gets alone, also where some stop long before others, in any chunks."""
+    alone = [
+        optimise_value(tiny_llama64, fact, layer=1, templates=TEMPLATES, hparams=HPARAMS, sites=sites) for fact in BATCH
+    ]
+    stop = sorted(found.losses[2] for found in alone)[1] * (1 + 1e-12)  # two of four are done at the third forward
+    hparams = dataclasses.replace(HPARAMS, early_stop=stop)
+    settings = {"layer": 1, "templates": TEMPLATES, "hparams": hparams, "sites": sites}
+    alone = [optimise_value(tiny_llama64, fact, **settings) for fact in BATCH]
+    together = optimise_values(tiny_llama64, [(fact,) for fact in BATCH], max_tokens=max_tokens, **settings)
+    assert len({len(found.losses) for found in alone}) > 1
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(other.losses, one.losses, rtol=1e-9, atol=0)
+        torch.testing.assert_close(other.deltas, one.deltas, rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(other.keys, one.keys, rtol=1e-12, atol=1e-12)
+
+
+def test_facts_of_one_key_share_a_value(tiny_llama64: EditableLM) -> None:
+    """One δ for two relations of a subject: the mean of their losses, one KL term, one decay."""
+    other = Fact("{} plays the sport of many", FACT.subject, "Los Angeles")
+    settings = {"layer": 1, "templates": TEMPLATES, "hparams": HPARAMS, "sites": HIDDEN}
+    (shared,) = optimise_values(tiny_llama64, [(FACT, other)], **settings)
+    plain = optimise_value_plainly(tiny_llama64, FACT, together=[other], **settings)
+    torch.testing.assert_close(shared.deltas, plain.deltas, rtol=1e-9, atol=1e-12)
+    first, second = (optimise_value(tiny_llama64, fact, **settings) for fact in (FACT, other))
+    assert shared.losses[0] == pytest.approx((first.losses[0] + second.losses[0]) / 2, rel=1e-9)
+    assert len(shared.answered) == 2
 
 
 def test_subject_at_the_end_of_the_prompt(tiny_llama64: EditableLM) -> None:
@@ -89,26 +173,6 @@ def test_early_stop_comes_before_the_update(tiny_llama64: EditableLM) -> None:
     assert torch.equal(found.v_star, found.v_0)
 
 
-def test_kl_is_the_expectation_under_the_current_distribution(tiny_llama64: EditableLM) -> None:
-    """T-kl-dir: Σ p_δ (log p_δ − log p_0), seen through the loss of a made-up model."""
-    texts = edit_texts(tiny_llama64, FACT, ("{}",))
-    n_targets, vocabulary = texts.target_ids.shape[1], 11
-    texts = dataclasses.replace(texts, target_ids=texts.target_ids % vocabulary)
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(n_targets + 1, vocabulary, generator=generator, dtype=torch.float64)
-    base[torch.arange(n_targets), texts.target_ids[0]] -= 10
-    map_ = torch.randn(4, vocabulary, generator=generator, dtype=torch.float64)
-    v_0 = torch.ones(4, dtype=torch.float64)
-    hparams = ValueHparams(v_steps=2, v_lr=0.3, kl_factor=0.7, v_weight_decay=0.2, early_stop=None)
-    deltas, losses = optimise_delta(lambda delta: base + delta @ map_, texts, v_0, hparams, FACT)
-
-    log_p, log_p_0 = (base + deltas[1] @ map_).log_softmax(-1), base.log_softmax(-1)
-    nll = -log_p[torch.arange(n_targets), texts.target_ids[0]].mean()
-    kl = (log_p[-1].exp() * (log_p[-1] - log_p_0[-1])).sum()
-    wanted = nll + 0.7 * kl + 0.2 * deltas[1].norm() / v_0.norm() ** 2
-    assert losses[1] == pytest.approx(float(wanted), rel=1e-9)
-
-
 def said_already(lm: EditableLM) -> Fact:
     """A fact whose target is the model's own answer: the first prompt answered by a token that reads back as itself."""
     for subject in ("Slovenia", "Europe", "Paris", "Kobe Bryant", "Michael Jordan", "Asia", "Africa", "Windows"):
@@ -125,3 +189,21 @@ def said_already(lm: EditableLM) -> Fact:
 def test_a_target_the_model_already_says_is_refused(tiny_llama: EditableLM) -> None:
     with pytest.raises(NothingToEditError, match=r"already answers .*; choose another target$"):
         optimise_value(tiny_llama, said_already(tiny_llama), layer=1, templates=TEMPLATES, hparams=HPARAMS)
+
+
+def test_a_batch_is_refused_only_when_nothing_is_left_to_edit(tiny_llama: EditableLM) -> None:
+    known = said_already(tiny_llama)
+    settings = {"layer": 1, "templates": TEMPLATES, "hparams": HPARAMS}
+    found = optimise_values(tiny_llama, [(known,), (FACT,)], **settings)
+    assert [value.answered for value in found] == [(True,), (False,)]
+    with pytest.raises(NothingToEditError):
+        optimise_values(tiny_llama, [(known,), (known,)], **settings)
+
+
+def test_sites_and_layers_out_of_range(tiny_llama: EditableLM) -> None:
+    settings = {"layer": 1, "templates": TEMPLATES, "hparams": HPARAMS}
+    with pytest.raises(HparamError, match=r"cannot be optimised at \('key',\); choose from"):
+        optimise_value(tiny_llama, FACT, sites=("key",), **settings)
+    settings["hparams"] = dataclasses.replace(HPARAMS, v_loss_layer=0)
+    with pytest.raises(LayerError, match="layer 0 lies below layer 1"):
+        optimise_value(tiny_llama, FACT, sites=HIDDEN, **settings)

@@ -1,0 +1,43 @@
+"""The second moments an editor is handed: whether they serve, and the metric they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from rep_fast.errors import HparamError
+from rep_fast.models import EditableLM
+from rep_fast.stats import SecondMoments
+
+
+def checked_moments(
+    lm: EditableLM, moments: SecondMoments | None, layers: Sequence[int], *, or_else: str = ""
+) -> SecondMoments:
+    """The moments, when they serve.
+
+    Args:
+        or_else: another way out than collecting them, for the message.
+    Raises:
+        HparamError: there are none, or a layer is missing. FingerprintError: they are of another model.
+    """
+    if moments is None:
+        raise HparamError(f"this edit needs second moments; collect them{or_else}")
+    moments.check_model(lm)
+    missing = [layer for layer in layers if layer not in moments.layers]
+    if missing:
+        held = ", ".join(map(str, moments.layers))
+        raise HparamError(
+            f"the second moments hold layers {held}, not {', '.join(map(str, missing))}; collect them for all of them"
+        )
+    return moments
+
+
+def whitening(moments: SecondMoments) -> Callable[[int, Tensor], Tensor]:
+    """The metric C⁻¹: (layer, A [M, a]) → C⁻¹A [M, a] float64, where C was factored."""
+
+    def whiten(layer: int, columns: Tensor) -> Tensor:
+        solver = moments.solver(layer)
+        return solver.solve(columns.to(solver.second_moment.device))
+
+    return whiten
