@@ -16,6 +16,7 @@ import torch
 
 from rep_fast import editors, factworld
 from rep_fast.collisions import CorpusSample
+from rep_fast.editors import EditorState
 from rep_fast.edits import Edit
 from rep_fast.errors import HparamError, TextSourceError
 from rep_fast.facts import EditCase, Fact, TextSource, open_text
@@ -62,7 +63,7 @@ class Workbench:
         preset: name of a preset; None: "factworld" for the embedded model and models trained by this package, else
             "default".
         overrides: hyper-parameters by flat name that win over the preset, for the editor or for REP.
-        layer: edited layer instead of the preset's.
+        layer: edited layer instead of the preset's, or several.
         negatives: facts whose subjects serve as negatives; None: names found in the text or, for models trained by
             this package that use their own text, the embedded world's background people. Never pass the records that
             will be evaluated, nor a text made of them.
@@ -77,7 +78,7 @@ class Workbench:
         text: TextSource | str | Path | None = None,
         preset: str | None = None,
         overrides: Mapping[str, Any] | None = None,
-        layer: int | None = None,
+        layer: int | Sequence[int] | None = None,
         negatives: Sequence[Fact] | None = None,
         cache_dir: str | Path | None = None,
         progress: Progress | None = None,
@@ -124,9 +125,13 @@ class Workbench:
         values = {**self.preset.section(f"rep-{name}", family=self.lm.family), **chosen}
         return from_flat_mapping(RepHparams, {"objective": name, **values}, where=f"rep (preset {self.preset.name})")
 
+    def layers(self, method: str) -> tuple[int, ...]:
+        """The layers a method edits, ascending."""
+        return tuple(self.hparams(method).layers)
+
     def layer(self, method: str) -> int:
-        """The layer a method edits."""
-        return int(self.hparams(method).layer)
+        """The layer a method edits, the last one where it edits several."""
+        return self.layers(method)[-1]
 
     def moments(self, layers: int | Sequence[int]) -> SecondMoments:
         """Second moments of these layers, from the cache or collected now."""
@@ -192,41 +197,53 @@ class Workbench:
         asked = [rep] if isinstance(rep, (bool, str)) else rep
         objectives = {self.rep_hparams(None if one is True else str(one)).objective for one in asked if one}
         for method in methods:
-            hparams = self.hparams(method)
-            self.moments(hparams.layer).solver(hparams.layer)
-            for seed in seeds:
+            editor, hparams = editors.get(method), self.hparams(method)
+            if "moments" in editor.takes:
+                editor.prepare(self.moments(hparams.layers), hparams, self._cache_dir)
+            for seed in seeds if "templates" in editor.takes else ():
                 self.templates(hparams.template_style, seed)
-            if "calibrated" in objectives:
-                self.negative_pool(hparams.layer)
+            for layer in hparams.layers if "calibrated" in objectives else ():
+                self.negative_pool(layer)
 
     def edit(
         self,
-        target: EditCase | Fact,
+        target: EditCase | Fact | Sequence[EditCase | Fact],
         *,
         method: str = "rome",
         rep: bool | str = False,
         rephrases: Sequence[str] | None = None,
+        state: EditorState | None = None,
         seed: int = 0,
     ) -> Edit:
-        """Edit one fact, with `rep` also train its adapter.
+        """Edit a fact, or several by one edit of a batch method; with `rep` also train the adapters of a single one.
 
         Args:
-            target: a fact, or a record whose in-domain rephrases REP may see.
+            target: a fact, or a record whose in-domain rephrases REP may see; or several of them.
             rep: True for the preset's objective, or "calibrated" or "paper".
             rephrases: other names of the subject for a bare fact; without them REP takes simple surface forms.
+            state: of earlier edits, for methods that keep past keys: `EditorState.of(edits)`; None: there are none.
             seed: of templates, shuffles and the adapter's start.
+        Raises:
+            HparamError: several facts for a method that writes one, or with REP. Others: see the editors.
         """
-        plain = self._written([target if isinstance(target, Fact) else target.fact], method, seed)
+        targets = [target] if isinstance(target, (EditCase, Fact)) else list(target)
+        if rep and len(targets) > 1:
+            raise HparamError(f"REP trains the adapters of one fact, got {len(targets)}; make one edit each, or no rep")
+        facts = [each if isinstance(each, Fact) else each.fact for each in targets]
+        plain = self._written(facts, method, seed, state)
         if not rep:
             return plain
-        return self.with_rep(plain, target, objective=None if rep is True else rep, rephrases=rephrases, seed=seed)
+        return self.with_rep(plain, targets[0], objective=None if rep is True else rep, rephrases=rephrases, seed=seed)
 
-    def _written(self, facts: Sequence[Fact], method: str, seed: int) -> Edit:
+    def _written(self, facts: Sequence[Fact], method: str, seed: int, state: EditorState | None = None) -> Edit:
         """The plain edit of these facts on the model as it stands."""
+        editor = editors.get(method)
+        editor.check_facts(facts)
         hparams = self.hparams(method)
-        return editors.get(method)(
-            self.lm, facts, moments=self.moments(hparams.layer), hparams=hparams,
-            templates=self.templates(hparams.template_style, seed),
+        return editor(
+            self.lm, facts, hparams=hparams, state=state, seed=seed, cache_dir=self._cache_dir,
+            moments=self.moments(hparams.layers) if "moments" in editor.takes else None,
+            templates=self.templates(hparams.template_style, seed) if "templates" in editor.takes else None,
         )  # fmt: skip
 
     def with_rep(
@@ -358,13 +375,14 @@ class _StepColumn:
         self._bench, self._method, self._objective = bench, method, objective
 
     def __call__(self, cases: Sequence[EditCase], seed: int, active: Sequence[Edit]) -> Edit:
+        state = EditorState.of(active)
         if len(cases) == 1:
-            return self._bench.edit(cases[0], method=self._method, rep=self._objective or False, seed=seed)
+            return self._bench.edit(cases[0], method=self._method, rep=self._objective or False, state=state, seed=seed)
         if self._objective is not None:
             raise HparamError(
                 f"REP trains an adapter for one record, this step has {len(cases)}; use a sequential regime or no --rep"
             )
-        return self._bench._written([case.fact for case in cases], self._method, seed)
+        return self._bench.edit(cases, method=self._method, state=state, seed=seed)
 
 
 def edit(
@@ -377,29 +395,32 @@ def edit(
     rephrases: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
     text: TextSource | str | Path | None = None,
     preset: str | None = None,
+    state: EditorState | None = None,
     seed: int = 0,
     **overrides: Any,
 ) -> Edit:
-    """Edit one fact in one call.
+    """Edit facts in one call.
 
     Args:
-        facts: one fact or record (batch editors will take more).
+        facts: one fact or record; batch methods take several.
         method: an editor's name. rep: train a key adapter too, see `Workbench.edit`.
-        moments: second moments of the edited layer; None collects them from `text`.
+        moments: second moments of the edited layers; None collects them from `text`.
         rephrases: other names of the subject for REP's training; a mapping is looked up by subject.
         text: text source for moments and negatives; None: the model's own.
+        state: of earlier edits, for methods that keep past keys.
         overrides: hyper-parameters by flat name, `v_steps=20`.
     Raises:
-        HparamError: not exactly one fact, unknown method or hyper-parameter. Others: see the editors.
+        HparamError: more facts than the method writes at once, unknown method or hyper-parameter. Others: see the
+            editors.
     """
-    if len(facts) != 1:
-        raise HparamError(f"{method} writes one fact at a time, got {len(facts)}; make one edit each and stack them")
     bench = Workbench(lm, text=text, preset=preset, overrides=overrides)
     if moments is not None:
         bench.use_moments(moments)
-    fact = facts[0].fact if isinstance(facts[0], EditCase) else facts[0]
-    names = rephrases.get(fact.subject) if isinstance(rephrases, Mapping) else rephrases
-    return bench.edit(facts[0], method=method, rep=rep, rephrases=names, seed=seed)
+    names = rephrases
+    if isinstance(rephrases, Mapping):
+        found = [each.fact if isinstance(each, EditCase) else each for each in facts]
+        names = rephrases.get(found[0].subject) if found else None
+    return bench.edit(facts, method=method, rep=rep, rephrases=names, state=state, seed=seed)  # type: ignore[arg-type]
 
 
 def _background(world: factworld.FactSource) -> factworld.World:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 import rep_fast
 from rep_fast import api, factworld
+from rep_fast.editors import EditorState, RomeHparams
 from rep_fast.edits import KeyAdapter
 from rep_fast.errors import FingerprintError, HparamError, TextSourceError
 from rep_fast.facts import EditCase, Fact, MemoryText, Sided
@@ -133,8 +133,10 @@ def test_steps_of_several_records_go_to_the_editor_as_a_whole(bench: api.Workben
     with pytest.raises(HparamError, match="REP trains an adapter for one record, this step has 5"):
         steps["rome+rep"](FIVE, 0, ())
     written = {}
-    monkeypatch.setattr(api.editors, "get", lambda name: lambda lm, facts, **options: written.setdefault(name, facts))
-    monkeypatch.setattr(bench, "hparams", lambda method: SimpleNamespace(layer=1, template_style="rome"))
+    fake = api.editors.Editor(
+        "rome", RomeHparams, lambda lm, facts, *, method, **_: written.setdefault(method, facts), is_batch=True
+    )
+    monkeypatch.setattr(api.editors, "get", lambda name: fake)
     assert steps["rome"](FIVE, 0, ()) == [case.fact for case in FIVE] == written["rome"]
 
 
@@ -185,6 +187,42 @@ def test_one_call_form_takes_the_moments_it_is_given(tiny_llama: EditableLM, tin
         rep_fast.edit(tiny_llama, [])
     with pytest.raises(HparamError, match="no hyper-parameter 'v_stepz'"):
         rep_fast.edit(tiny_llama, [FACT], moments=moments, v_stepz=2)
+
+
+OTHER = Fact("The mother tongue of {} is", "Danielle Darrieux", "Korean")
+
+
+def test_batch_methods_take_several_facts_and_layers(tiny_llama: EditableLM, tmp_path: Path) -> None:
+    changes = {"v_steps": 2, "early_stop": None, "null_share": 0.5, "nullspace_threshold": None}
+    bench = api.Workbench(tiny_llama, text=TEXT, overrides=changes, layer=(0, 1), cache_dir=tmp_path)
+    assert bench.layers("alphaedit") == (0, 1)
+    bench.prepare(["alphaedit"], rep=False)
+    assert len(list(tmp_path.glob("null-spaces/*"))) == 2
+    edit = bench.edit([CASE, OTHER], method="alphaedit")
+    assert edit.layers == (0, 1)
+    assert edit.facts == (FACT, OTHER)
+    past = bench.edit([OTHER], method="alphaedit", state=EditorState.of([edit]))
+    fresh = bench.edit(OTHER, method="alphaedit")
+    assert not torch.equal(past.modules[0].delta.right, fresh.modules[0].delta.right)  # type: ignore[union-attr]
+    with pytest.raises(HparamError, match="REP trains the adapters of one fact, got 2"):
+        bench.edit([CASE, OTHER], method="alphaedit", rep=True)
+    with pytest.raises(HparamError, match="one fact at a time, got 2"):
+        api.Workbench(tiny_llama, text=TEXT, layer=1).edit([CASE, OTHER])
+
+
+def test_steps_hand_past_keys_on(tiny_llama: EditableLM, tmp_path: Path) -> None:
+    """A stacking regime gives each step the edits that stand; methods with a memory take their keys."""
+    changes = {"v_steps": 2, "early_stop": None, "mom2_update_weight": 5.0}
+    bench = api.Workbench(tiny_llama, text=TEXT, overrides=changes, layer=(0, 1), cache_dir=tmp_path)
+    step = bench.steps(["memit-cache"], [None])["memit-cache"]
+    second = EditCase(4, OTHER)
+    first = step([CASE], 0, [])
+    with first.applied(tiny_llama):
+        later = step([second], 0, [first])
+        wanted = bench.edit(second, method="memit-cache", state=EditorState.of([first]))
+        forgetful = bench.edit(second, method="memit-cache")
+    assert torch.equal(later.modules[1].delta.right, wanted.modules[1].delta.right)  # type: ignore[union-attr]
+    assert not torch.equal(later.modules[1].delta.right, forgetful.modules[1].delta.right)  # type: ignore[union-attr]
 
 
 def test_a_bare_fact_gets_surface_forms_or_the_names_it_is_given(bench: api.Workbench) -> None:

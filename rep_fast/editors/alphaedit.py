@@ -22,6 +22,7 @@ from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM
 from rep_fast.stats import SecondMoments
+from rep_fast.stats.null_space import NullSpace
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,23 @@ def alphaedit(
     held = checked_moments(lm, moments, hparams.layers)
 
     def project(layer: int, columns: Tensor) -> Tensor:
-        space = held.null_space(
-            layer, threshold=hparams.nullspace_threshold, share=hparams.null_share, cache_dir=cache_dir
-        )
+        space = null_space(held, layer, hparams, cache_dir)
         return space.project(columns.to(space.basis.device))
 
     rule = Rule(metric=project, ridge=lambda _, __: hparams.l2, remembers=True)
     return edit_batch(lm, facts, hparams=hparams, templates=templates, method=method, rule=rule, state=state)
+
+
+def null_space(
+    moments: SecondMoments, layer: int, hparams: AlphaEditHparams, cache_dir: str | Path | None
+) -> NullSpace:
+    """The null space these settings choose."""
+    return moments.null_space(
+        layer, threshold=hparams.nullspace_threshold, share=hparams.null_share, cache_dir=cache_dir
+    )
+
+
+def find_null_spaces(moments: SecondMoments, hparams: AlphaEditHparams, cache_dir: str | Path | None) -> None:
+    """Find the null space of every edited layer, the dearest step of this method, once."""
+    for layer in hparams.layers:
+        null_space(moments, layer, hparams, cache_dir)

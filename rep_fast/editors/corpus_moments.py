@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +33,12 @@ def checked_moments(
             f"the second moments hold layers {held}, not {', '.join(map(str, missing))}; collect them for all of them"
         )
     return moments
+
+
+def factor_moments(moments: SecondMoments, hparams: Any, cache_dir: str | Path | None) -> None:
+    """Factor C of every edited layer, which all later solves share."""
+    for layer in hparams.layers:
+        moments.solver(layer)
 
 
 def whitening(moments: SecondMoments) -> Callable[[int, Tensor], Tensor]:

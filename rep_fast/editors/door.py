@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rep_fast.editors.alphaedit import AlphaEditHparams, alphaedit
+from rep_fast.editors.alphaedit import AlphaEditHparams, alphaedit, find_null_spaces
+from rep_fast.editors.corpus_moments import factor_moments
 from rep_fast.editors.emmet import EmmetHparams, emmet
 from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
 from rep_fast.editors.knowledge_neurons import KnowledgeNeuronsHparams, knowledge_neurons
@@ -32,7 +33,8 @@ class Editor:
 
     name: at the door. hparams_type: dataclass with `layers`, a tuple (a field, or a property of a single-layer method).
     write: function (lm, facts, *, hparams, method, …) → Edit. takes: what else it is handed, of "moments", "templates",
-    "state", "cache_dir" and "seed". is_batch: whether it writes several facts in one edit.
+    "state", "cache_dir" and "seed". is_batch: whether it writes several facts in one edit. prepare: makes what all
+    edits with the same moments and hyper-parameters share.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Editor:
     write: Write
     takes: frozenset[str] = frozenset({"moments", "templates"})
     is_batch: bool = False
+    prepare: Callable[[SecondMoments, Any, str | Path | None], None] = factor_moments
 
     def hparams(
         self, lm: EditableLM, *, preset: str | Preset = "default", overrides: Mapping[str, Any] | None = None
@@ -122,7 +125,14 @@ _EDITORS = {
         Editor("memit-cache", MemitHparams, memit, takes=_MOMENTS_AND_STATE, is_batch=True),
         Editor("emmet", EmmetHparams, emmet, is_batch=True),
         Editor("pmet", PmetHparams, pmet, is_batch=True),
-        Editor("alphaedit", AlphaEditHparams, alphaedit, takes=_MOMENTS_AND_STATE | {"cache_dir"}, is_batch=True),
+        Editor(
+            "alphaedit",
+            AlphaEditHparams,
+            alphaedit,
+            takes=_MOMENTS_AND_STATE | {"cache_dir"},
+            is_batch=True,
+            prepare=find_null_spaces,
+        ),
     )
 }
 
