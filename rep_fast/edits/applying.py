@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.key_adapter import KeyAdapter, adapted
 from rep_fast.edits.low_rank import LowRank
+from rep_fast.edits.slices import Slices
 from rep_fast.errors import FingerprintError, HparamError, LayerError
 from rep_fast.ops.gated_adapter import COMPOSITIONS
 
@@ -193,10 +194,12 @@ class PatchedModule:
 
 
 def _joined(deltas: Sequence[Delta]) -> list[Delta]:
-    """The same sum in fewer terms: low-rank deltas become one by stacking their factors."""
+    """The same sum in fewer terms: low-rank deltas stack their factors, slices of one axis unite."""
     low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
-    others = [delta for delta in deltas if not isinstance(delta, LowRank)]
-    return [*([LowRank.concat(low_rank)] if low_rank else []), *others]
+    slices = [delta for delta in deltas if isinstance(delta, Slices)]
+    by_axis = [[delta for delta in slices if delta.axis == axis] for axis in ("outputs", "inputs")]
+    others = [delta for delta in deltas if not isinstance(delta, (LowRank, Slices))]
+    return [*([LowRank.concat(low_rank)] if low_rank else []), *(Slices.concat(own) for own in by_axis if own), *others]
 
 
 def _rebuild(lm: EditableLM, modules: dict[Place, PatchedModule], places: Sequence[Place]) -> None:

@@ -6,7 +6,7 @@ knowledge neurons move single columns. Only what changes is stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -60,6 +60,25 @@ class Slices:
         if len(index.unique()) < len(index):
             raise LayerError(f"slices along {self.axis} repeat an index; add the values up first")
         check_finite_rows(values, "the slices")
+
+    @classmethod
+    def concat(cls, deltas: Sequence[Slices]) -> Slices:
+        """The sum of deltas along one axis: an index that several have gets the sum of their values; ascending.
+
+        Raises:
+            LayerError: no deltas, or deltas of different axes or shapes.
+        """
+        if not deltas:
+            raise LayerError("a sum of deltas needs at least one")
+        axis, size = deltas[0].axis, deltas[0].size
+        if any((delta.axis, delta.shape) != (axis, deltas[0].shape) for delta in deltas):
+            kinds = [(delta.axis, delta.shape) for delta in deltas]
+            raise LayerError(f"slices {kinds} cannot be added; they need one axis and one shape")
+        along = 0 if axis == "outputs" else 1
+        values = torch.cat([delta.values for delta in deltas], along)
+        index, places = torch.cat([delta.index for delta in deltas]).unique(return_inverse=True)
+        shape = (len(index), values.shape[1]) if axis == "outputs" else (values.shape[0], len(index))
+        return cls(index, values.new_zeros(shape).index_add_(along, places, values), axis, size)
 
     @property
     def shape(self) -> tuple[int, int]:

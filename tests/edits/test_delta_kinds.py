@@ -52,6 +52,46 @@ def test_slices_are_their_dense_matrix(outputs: int, inputs: int, count: int, ax
     close(delta.on_rows(rows), rows @ dense.T)
 
 
+@pytest.mark.parametrize("axis", ["outputs", "inputs"])
+def test_a_sum_of_slices_is_the_sum_of_their_matrices(axis: Any) -> None:
+    deltas = [random_slices(5, 7, count, axis, seed) for seed, count in enumerate((3, 0, 4, 5))]
+    total = Slices.concat(deltas)
+    close(total.to_dense(), sum(delta.to_dense() for delta in deltas))
+    assert total.index.tolist() == sorted({node for delta in deltas for node in delta.index.tolist()})
+    with pytest.raises(LayerError, match="needs at least one"):
+        Slices.concat([])
+    for other in (
+        random_slices(5, 7, 2, "inputs" if axis == "outputs" else "outputs", 9),
+        random_slices(6, 8, 2, axis, 9),
+    ):
+        with pytest.raises(LayerError, match="cannot be added"):
+            Slices.concat([deltas[0], other])
+
+
+def test_stacked_slices_are_one_term_and_come_apart_again(build_lm: Callable[..., EditableLM]) -> None:
+    lm = build_lm("llama", dtype=torch.float64)
+    outputs, inputs = lm.linear_shape(1, "up")
+    kinds = [
+        random_slices(outputs, inputs, 3, axis, seed) for seed, axis in enumerate(["outputs", "inputs", "outputs"])
+    ]
+    edits = [Edit((FACT,), "x", {}, lm.fingerprint, (ModuleEdit(1, delta, linear="up"),)) for delta in kinds]
+    with edits[0].applied(lm):
+        alone = lm.logits([TEXT])
+    handles = [edit.apply(lm) for edit in edits]
+    stacked = lm.logits([TEXT])
+    weight = lm.linear_weight(1, "up")
+    with torch.no_grad():
+        kept = weight.clone()
+        weight.add_(sum(delta.to_dense() for delta in kinds))
+    for handle in handles:
+        handle.undo()
+    close(stacked, lm.logits([TEXT]))
+    with torch.no_grad():
+        weight.copy_(kept)
+    with edits[0].applied(lm):
+        assert torch.equal(lm.logits([TEXT]), alone)
+
+
 @pytest.mark.parametrize("mode", ["hook", "merge"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_linear_module_takes_any_kind(build_lm: Callable[..., EditableLM], family: str, mode: Any) -> None:
