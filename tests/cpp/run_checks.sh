@@ -45,6 +45,13 @@ check_symbols "$build/debug"
 echo "symbols: passed"
 
 "$build/release/rep_fast_tests"
+for kind in release debug; do # optimised or not, fibers must meet at the same barriers
+    "$build/$kind/rep_fast_cuda_on_cpu_tests"
+    if ("$build/$kind/rep_fast_cuda_on_cpu_tests" past-the-end) 2>/dev/null; then
+        echo "a kernel wrote past the end of shared memory and nothing stopped it" >&2
+        exit 1
+    fi
+done
 if command -v qemu-x86_64 >/dev/null; then
     echo "-- as Haswell"
     qemu-x86_64 -cpu Haswell "$build/release/rep_fast_tests" avx2

@@ -1,0 +1,67 @@
+// How kernels are launched and where they find shared memory: the two places that differ between a device and the
+// executor of tests/cuda_on_cpu, which runs the same source on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <tuple>
+#include <utility>
+
+#include "cuda/check.cuh"
+
+namespace rep_fast::cuda {
+
+struct LaunchShape {
+    dim3 grid;
+    dim3 block;
+    std::size_t shared_bytes = 0;  // all shared memory is dynamic: its layout is a struct, see shared_as()
+    cudaStream_t stream = nullptr;
+};
+
+#ifdef REP_FAST_CUDA_ON_CPU
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
+    std::tuple<Parameters...> passed(std::forward<Arguments>(arguments)...);
+    cuda_on_cpu::run_grid(name, shape.grid, shape.block, shape.shared_bytes, [&] { std::apply(kernel, passed); });
+}
+
+template <class Layout>
+Layout& shared_as() {
+    return *static_cast<Layout*>(cuda_on_cpu::shared_memory());
+}
+
+#else
+
+// The arguments are converted to the kernel's parameters, the shared memory is allowed for, and a launch that the
+// device refuses throws. Nothing is synchronised: errors of the running kernel appear where the caller waits.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
+    constexpr std::size_t kWithoutAsking = 48 * 1024;
+    const auto* function = reinterpret_cast<const void*>(kernel);
+    if (shape.shared_bytes > kWithoutAsking) {
+        REP_FAST_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(shape.shared_bytes)));
+    }
+    std::tuple<Parameters...> passed(std::forward<Arguments>(arguments)...);
+    std::apply(
+        [&](auto&... parameters) {
+            void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))..., nullptr};
+            const cudaError_t status =
+                cudaLaunchKernel(function, shape.grid, shape.block, addresses, shape.shared_bytes, shape.stream);
+            REP_FAST_CHECK(status == cudaSuccess, "launch of " << name << " failed: " << cudaGetErrorName(status));
+        },
+        passed);
+}
+
+// The block's dynamic shared memory as one struct; sizeof(Layout) is what the launch asks for.
+template <class Layout>
+__device__ Layout& shared_as() {
+    extern __shared__ __align__(128) unsigned char rep_fast_shared[];
+    return *reinterpret_cast<Layout*>(rep_fast_shared);
+}
+
+#endif
+
+}  // namespace rep_fast::cuda

@@ -1,0 +1,394 @@
+#include "executor.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <utility>
+#include <vector>
+
+namespace cuda_on_cpu {
+namespace {
+
+std::size_t page_size() {
+    return static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+}
+
+// Memory between two unreadable pages.
+class GuardedPages {
+  public:
+    explicit GuardedPages(std::size_t bytes) : page_(page_size()), inner_((bytes + page_ - 1) / page_ * page_) {
+        whole_ = mmap(nullptr, inner_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (whole_ == MAP_FAILED || mprotect(begin(), inner_, PROT_READ | PROT_WRITE) != 0) {
+            throw ExecutionError("no memory for a fiber or for shared memory");
+        }
+    }
+    ~GuardedPages() { munmap(whole_, inner_ + 2 * page_); }
+    GuardedPages(const GuardedPages&) = delete;
+    GuardedPages& operator=(const GuardedPages&) = delete;
+
+    [[nodiscard]] unsigned char* begin() const { return static_cast<unsigned char*>(whole_) + page_; }
+    [[nodiscard]] unsigned char* end() const { return begin() + inner_; }
+    [[nodiscard]] std::size_t size() const { return inner_; }
+
+  private:
+    std::size_t page_;
+    std::size_t inner_;
+    void* whole_ = nullptr;
+};
+
+constexpr std::size_t kStackBytes = 128 * 1024;
+constexpr std::size_t kSharedAlignment = 128;  // what TMA and 128-byte swizzles need
+
+struct PendingCopy {
+    void* destination;
+    const void* source;
+    std::size_t bytes;
+};
+
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+
+struct Fiber {
+    ucontext_t context{};
+    GuardedPages stack{kStackBytes};
+    Dim3 index;
+    unsigned number = 0;  // within the block
+    State state = State::kReady;
+    unsigned mask = 0;  // of the warp barrier it waits at
+    std::vector<PendingCopy> open_copies;
+    std::deque<std::vector<PendingCopy>> committed_copies;
+    std::exception_ptr thrown;
+
+    [[nodiscard]] unsigned warp() const { return number / kWarpSize; }
+    [[nodiscard]] unsigned lane() const { return number % kWarpSize; }
+};
+
+struct Block {
+    std::string kernel;
+    Dim3 grid, block, index;
+    unsigned char* shared = nullptr;
+    const std::function<void()>* body = nullptr;
+    std::vector<std::unique_ptr<Fiber>>* fibers = nullptr;
+    std::size_t n_threads = 0;
+    std::vector<std::vector<unsigned char>> warp_slots;  // per warp, what its lanes have put down
+    ucontext_t scheduler{};
+    Fiber* current = nullptr;
+};
+
+std::mt19937_64 random_order{0};
+Block* running = nullptr;
+
+Block& here() {
+    if (running == nullptr || running->current == nullptr) {
+        throw ExecutionError("a device function was called outside a kernel");
+    }
+    return *running;
+}
+
+void run_current_fiber() {
+    Block& block = *running;
+    Fiber& fiber = *block.current;
+    try {
+        (*block.body)();
+        if (!fiber.open_copies.empty() || !fiber.committed_copies.empty()) {
+            throw ExecutionError(block.kernel + ": a thread returned before its asynchronous copies were waited for");
+        }
+    } catch (...) {
+        fiber.thrown = std::current_exception();
+    }
+    fiber.state = State::kDone;
+    swapcontext(&fiber.context, &block.scheduler);
+}
+
+void wait_in(State state) {
+    Block& block = here();
+    Fiber& fiber = *block.current;
+    fiber.state = state;
+    swapcontext(&fiber.context, &block.scheduler);
+}
+
+Fiber& fiber_at(const Block& block, std::size_t number) {
+    return *(*block.fibers)[number];
+}
+
+// Lets go of a barrier that everybody has reached. Returns whether there was one.
+bool release_block_barrier(const Block& block) {
+    bool is_anybody_waiting = false;
+    for (std::size_t n = 0; n < block.n_threads; ++n) {
+        const State state = fiber_at(block, n).state;
+        if (state != State::kAtBlockBarrier && state != State::kDone) {
+            return false;
+        }
+        is_anybody_waiting |= state == State::kAtBlockBarrier;
+    }
+    for (std::size_t n = 0; n < block.n_threads; ++n) {
+        Fiber& fiber = fiber_at(block, n);
+        fiber.state = fiber.state == State::kDone ? State::kDone : State::kReady;
+    }
+    return is_anybody_waiting;
+}
+
+bool release_warp_barrier_of(const Block& block, const Fiber& waiting) {
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+        if ((waiting.mask >> lane & 1u) == 0) {
+            continue;
+        }
+        const std::size_t number = std::size_t{waiting.warp()} * kWarpSize + lane;
+        if (number >= block.n_threads) {
+            return false;
+        }
+        const Fiber& other = fiber_at(block, number);
+        if (other.state != State::kAtWarpBarrier || other.mask != waiting.mask) {
+            return false;
+        }
+    }
+    const unsigned mask = waiting.mask;
+    for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+        if (mask >> lane & 1u) {
+            fiber_at(block, std::size_t{waiting.warp()} * kWarpSize + lane).state = State::kReady;
+        }
+    }
+    return true;
+}
+
+std::string describe_waiting(const Block& block) {
+    std::ostringstream text;
+    text << block.kernel << ", block (" << block.index.x << ", " << block.index.y << ", " << block.index.z
+         << "): nobody can go on;";
+    std::size_t shown = 0;
+    for (std::size_t n = 0; n < block.n_threads && shown < 4; ++n) {
+        const Fiber& fiber = fiber_at(block, n);
+        if (fiber.state == State::kAtBlockBarrier) {
+            text << " thread " << n << " waits at __syncthreads;";
+            ++shown;
+        } else if (fiber.state == State::kAtWarpBarrier) {
+            text << " thread " << n << " waits at a warp operation with mask 0x" << std::hex << fiber.mask << std::dec
+                 << ";";
+            ++shown;
+        }
+    }
+    text << " others have returned or wait elsewhere";
+    return text.str();
+}
+
+void prepare_fiber(Block& block, std::size_t number) {
+    Fiber& fiber = fiber_at(block, number);
+    fiber.number = static_cast<unsigned>(number);
+    const unsigned width = block.block.x, height = block.block.y;
+    fiber.index = Dim3(static_cast<unsigned>(number) % width, static_cast<unsigned>(number) / width % height,
+                       static_cast<unsigned>(number) / (width * height));
+    fiber.state = State::kReady;
+    fiber.open_copies.clear();
+    fiber.committed_copies.clear();
+    fiber.thrown = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.begin();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_current_fiber, 0);
+}
+
+void run_block(Block& block) {
+    std::vector<std::size_t> ready;
+    for (std::size_t n = 0; n < block.n_threads; ++n) {
+        prepare_fiber(block, n);
+        ready.push_back(n);
+    }
+    block.warp_slots.assign((block.n_threads + kWarpSize - 1) / kWarpSize, {});
+    while (true) {
+        while (!ready.empty()) {
+            const std::size_t place = random_order() % ready.size();
+            Fiber& fiber = fiber_at(block, ready[place]);
+            ready[place] = ready.back();
+            ready.pop_back();
+            block.current = &fiber;
+            swapcontext(&block.scheduler, &fiber.context);
+            block.current = nullptr;
+            if (fiber.thrown) {
+                std::rethrow_exception(fiber.thrown);
+            }
+            if (fiber.state == State::kAtWarpBarrier && release_warp_barrier_of(block, fiber)) {
+                for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+                    if (fiber.mask >> lane & 1u) {
+                        ready.push_back(std::size_t{fiber.warp()} * kWarpSize + lane);
+                    }
+                }
+            }
+        }
+        if (release_block_barrier(block)) {
+            for (std::size_t n = 0; n < block.n_threads; ++n) {
+                if (fiber_at(block, n).state == State::kReady) {
+                    ready.push_back(n);
+                }
+            }
+            continue;
+        }
+        for (std::size_t n = 0; n < block.n_threads; ++n) {
+            if (fiber_at(block, n).state != State::kDone) {
+                throw ExecutionError(describe_waiting(block));
+            }
+        }
+        return;
+    }
+}
+
+void check_launch(const std::string& name, Dim3 grid, Dim3 block, std::size_t shared_bytes) {
+    std::ostringstream problem;
+    if (block.count() == 0 || block.count() > kMaxThreads || block.z > 64) {
+        problem << "a block of " << block.x << " × " << block.y << " × " << block.z << " threads";
+    } else if (grid.count() == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u) {
+        problem << "a grid of " << grid.x << " × " << grid.y << " × " << grid.z << " blocks";
+    } else if (shared_bytes > kMaxSharedBytes) {
+        problem << shared_bytes << " bytes of shared memory";
+    } else {
+        return;
+    }
+    throw ExecutionError(name + ": no device takes " + problem.str());
+}
+
+void land(const std::vector<PendingCopy>& copies) {
+    for (const PendingCopy& copy : copies) {
+        std::memcpy(copy.destination, copy.source, copy.bytes);
+    }
+}
+
+}  // namespace
+
+void set_seed(std::uint64_t seed) {
+    random_order.seed(seed);
+}
+
+void run_grid(const std::string& name, Dim3 grid, Dim3 block_shape, std::size_t shared_bytes,
+              const std::function<void()>& body) {
+    if (running != nullptr) {
+        throw ExecutionError(name + ": a kernel was launched from inside a kernel");
+    }
+    check_launch(name, grid, block_shape, shared_bytes);
+    static std::vector<std::unique_ptr<Fiber>> fibers;  // stacks are kept from launch to launch
+    while (fibers.size() < block_shape.count()) {
+        fibers.push_back(std::make_unique<Fiber>());
+    }
+    // the end of what was asked for lies at the unreadable page, as near as the alignment of its begin allows
+    const std::size_t rounded = (shared_bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+    const GuardedPages shared(std::max<std::size_t>(rounded, 1));
+    std::vector<std::size_t> order(grid.count());
+    for (std::size_t n = 0; n < order.size(); ++n) {
+        order[n] = n;
+    }
+    std::shuffle(order.begin(), order.end(), random_order);
+
+    Block block;
+    block.kernel = name;
+    block.grid = grid;
+    block.block = block_shape;
+    block.shared = shared.end() - rounded;
+    block.body = &body;
+    block.fibers = &fibers;
+    block.n_threads = block_shape.count();
+    running = &block;
+    struct Finally {
+        ~Finally() { running = nullptr; }
+    } const finally;
+    for (const std::size_t n : order) {
+        block.index = Dim3(static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
+                           static_cast<unsigned>(n / (std::size_t{grid.x} * grid.y)));
+        std::memset(shared.begin(), 0xff, shared.size());  // a NaN in every floating type
+        run_block(block);
+    }
+}
+
+const Dim3& grid_size() {
+    return here().grid;
+}
+const Dim3& block_size() {
+    return here().block;
+}
+const Dim3& block_index() {
+    return here().index;
+}
+const Dim3& thread_index() {
+    return here().current->index;
+}
+unsigned lane() {
+    return here().current->lane();
+}
+void* shared_memory() {
+    return here().shared;
+}
+
+void block_barrier() {
+    wait_in(State::kAtBlockBarrier);
+}
+
+void warp_barrier(unsigned mask) {
+    Fiber& fiber = *here().current;
+    if ((mask >> fiber.lane() & 1u) == 0) {
+        std::ostringstream text;
+        text << here().kernel << ": lane " << fiber.lane() << " calls a warp operation whose mask 0x" << std::hex
+             << mask << " does not name it";
+        throw ExecutionError(text.str());
+    }
+    fiber.mask = mask;
+    wait_in(State::kAtWarpBarrier);
+}
+
+void exchange_bytes(unsigned mask, const void* mine, void* all, std::size_t bytes) {
+    Block& block = here();
+    const Fiber& fiber = *block.current;
+    auto& slots = block.warp_slots[fiber.warp()];
+    if (slots.size() < kWarpSize * bytes) {
+        slots.resize(kWarpSize * bytes);
+    }
+    warp_barrier(mask);  // nobody writes while a slower lane still reads the last exchange
+    std::memcpy(slots.data() + fiber.lane() * bytes, mine, bytes);
+    warp_barrier(mask);
+    for (unsigned other = 0; other < kWarpSize; ++other) {
+        unsigned char* place = static_cast<unsigned char*>(all) + other * bytes;
+        if (mask >> other & 1u) {
+            std::memcpy(place, slots.data() + other * bytes, bytes);
+        } else {
+            std::memset(place, 0, bytes);
+        }
+    }
+}
+
+WarpWords exchange(unsigned mask, std::uint64_t mine) {
+    WarpWords words{};
+    exchange_bytes(mask, &mine, words.data(), sizeof(mine));
+    return words;
+}
+
+void copy_later(void* destination, const void* source, std::size_t bytes) {
+    here().current->open_copies.push_back({destination, source, bytes});
+}
+
+void commit_copies() {
+    Fiber& fiber = *here().current;
+    fiber.committed_copies.push_back(std::exchange(fiber.open_copies, {}));
+}
+
+void wait_for_copies(unsigned pending) {
+    Fiber& fiber = *here().current;
+    while (fiber.committed_copies.size() > pending) {
+        land(fiber.committed_copies.front());
+        fiber.committed_copies.pop_front();
+    }
+}
+
+namespace detail {
+
+void fail_shuffle(unsigned mask, unsigned source) {
+    std::ostringstream text;
+    text << here().kernel << ": a shuffle reads lane " << source << ", which mask 0x" << std::hex << mask
+         << " does not name";
+    throw ExecutionError(text.str());
+}
+
+}  // namespace detail
+}  // namespace cuda_on_cpu

@@ -1,0 +1,106 @@
+// Runs the source of CUDA kernels on the CPU, for tests only: every thread of a block is a fiber, blocks run one after
+// another. It is about meaning, never about speed.
+//
+// What it makes visible:
+//   * the order in which threads run between two barriers is drawn from a seed, so a missing __syncthreads() or
+//     __syncwarp() reads what is not written yet;
+//   * shared memory is filled with NaN before each block and ends at an unreadable page;
+//   * asynchronous copies land at their wait, not before;
+//   * a barrier that somebody never reaches, or a warp operation whose mask names a lane that does not come, ends the
+//     run with a sentence instead of hanging.
+// What it does not model: memory ordering finer than that, several blocks at once, clocks.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+namespace cuda_on_cpu {
+
+struct Dim3 {
+    unsigned x = 1, y = 1, z = 1;
+    constexpr Dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+    [[nodiscard]] constexpr std::size_t count() const { return std::size_t{x} * y * z; }
+};
+
+inline constexpr unsigned kWarpSize = 32;
+inline constexpr unsigned kMaxThreads = 1024;
+// what a block may ask for on the smallest architecture that is served (sm_80: 163 KiB)
+inline constexpr std::size_t kMaxSharedBytes = 163 * 1024;
+
+class ExecutionError : public std::runtime_error {
+  public:
+    using std::runtime_error::runtime_error;
+};
+
+// Order of threads and blocks from here on.
+void set_seed(std::uint64_t seed);
+
+// Runs body once for every thread of every block; returns when all are done. Throws ExecutionError for a launch no
+// device would take, a barrier nobody can pass, and whatever a thread itself threw.
+void run_grid(const std::string& name, Dim3 grid, Dim3 block, std::size_t shared_bytes,
+              const std::function<void()>& body);
+
+// ---- what a running thread may ask; calling any of these outside a kernel is an error -------------------------------
+const Dim3& grid_size();
+const Dim3& block_size();
+const Dim3& block_index();
+const Dim3& thread_index();
+unsigned lane();
+void* shared_memory();
+
+// All threads of the block that have not returned.
+void block_barrier();
+// The lanes of this warp named in mask, which must name the caller.
+void warp_barrier(unsigned mask);
+
+using WarpWords = std::array<std::uint64_t, kWarpSize>;
+// Every lane of mask gives one word and gets those of all lanes; lanes outside mask read as 0.
+WarpWords exchange(unsigned mask, std::uint64_t mine);
+
+// Every lane of mask gives `bytes` bytes; `all` [kWarpSize · bytes] gets those of all lanes, zeros for others.
+void exchange_bytes(unsigned mask, const void* mine, void* all, std::size_t bytes);
+
+// A copy that lands when its group is waited for; a group ends at commit_copies().
+void copy_later(void* destination, const void* source, std::size_t bytes);
+void commit_copies();
+// Lands all groups of this thread but the `pending` youngest.
+void wait_for_copies(unsigned pending);
+
+// ---- warp operations on values of up to 8 bytes ---------------------------------------------------------------------
+template <class T>
+std::uint64_t as_word(T value) {
+    static_assert(sizeof(T) <= sizeof(std::uint64_t));
+    std::uint64_t word = 0;
+    std::memcpy(&word, &value, sizeof(T));
+    return word;
+}
+template <class T>
+T from_word(std::uint64_t word) {
+    T value;
+    std::memcpy(&value, &word, sizeof(T));
+    return value;
+}
+
+// The value of `source`; reading a lane that takes no part is an error, on a device it would be undefined.
+template <class T>
+T shuffle(unsigned mask, T value, unsigned source);
+
+namespace detail {
+[[noreturn]] void fail_shuffle(unsigned mask, unsigned source);
+}
+
+template <class T>
+T shuffle(unsigned mask, T value, unsigned source) {
+    const WarpWords words = exchange(mask, as_word(value));
+    if (source >= kWarpSize || (mask >> source & 1u) == 0) {
+        detail::fail_shuffle(mask, source);
+    }
+    return from_word<T>(words[source]);
+}
+
+}  // namespace cuda_on_cpu
