@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rep_fast.edits.delta import Delta
+from rep_fast.edits.dense import Dense
 from rep_fast.edits.key_adapter import KeyAdapter, adapted
 from rep_fast.edits.low_rank import LowRank
 from rep_fast.edits.slices import Slices
@@ -194,12 +195,19 @@ class PatchedModule:
 
 
 def _joined(deltas: Sequence[Delta]) -> list[Delta]:
-    """The same sum in fewer terms: low-rank deltas stack their factors, slices of one axis unite."""
+    """The same sum in fewer terms: low-rank deltas stack their factors, slices of one axis unite, matrices add up."""
     low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
     slices = [delta for delta in deltas if isinstance(delta, Slices)]
     by_axis = [[delta for delta in slices if delta.axis == axis] for axis in ("outputs", "inputs")]
-    others = [delta for delta in deltas if not isinstance(delta, (LowRank, Slices))]
-    return [*([LowRank.concat(low_rank)] if low_rank else []), *(Slices.concat(own) for own in by_axis if own), *others]
+    # a matrix that is being trained changes in place and must be read anew by every forward
+    dense = [delta for delta in deltas if isinstance(delta, Dense) and not delta.matrix.requires_grad]
+    trained = [delta for delta in deltas if isinstance(delta, Dense) and delta.matrix.requires_grad]
+    return [
+        *([LowRank.concat(low_rank)] if low_rank else []),
+        *(Slices.concat(own) for own in by_axis if own),
+        *([Dense.concat(dense)] if dense else []),
+        *trained,
+    ]
 
 
 def _rebuild(lm: EditableLM, modules: dict[Place, PatchedModule], places: Sequence[Place]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +31,15 @@ class Dense:
                 f"a dense delta is a floating-point matrix, got {tuple(self.matrix.shape)} {self.matrix.dtype}"
             )
         check_finite_rows(self.matrix, "the delta")
+
+    @classmethod
+    def concat(cls, deltas: Sequence[Dense]) -> Dense:
+        """The sum of at least one delta, added in the order given."""
+        first, *rest = deltas
+        total = first.matrix
+        for delta in rest:
+            total = total + delta.matrix
+        return cls(total)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -122,6 +122,34 @@ def test_any_linear_module_takes_any_kind(build_lm: Callable[..., EditableLM], f
         assert torch.equal(tensor, before[name]), name
 
 
+def test_stacked_matrices_act_as_their_sum(build_lm: Callable[..., EditableLM]) -> None:
+    lm = build_lm("llama", dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    deltas = [Dense(torch.randn(lm.linear_shape(1, "down"), generator=generator).double()) for _ in range(3)]
+    edits = [Edit((FACT,), "x", {}, lm.fingerprint, (ModuleEdit(1, delta),)) for delta in deltas]
+    handles = [edit.apply(lm) for edit in edits]
+    stacked = lm.logits([TEXT])
+    for handle in handles:
+        handle.undo()
+    total = Dense(deltas[0].matrix + deltas[1].matrix + deltas[2].matrix)
+    with Edit((FACT,), "x", {}, lm.fingerprint, (ModuleEdit(1, total),)).applied(lm):
+        close(stacked, lm.logits([TEXT]))
+
+
+def test_a_matrix_in_training_is_read_anew_by_every_forward(build_lm: Callable[..., EditableLM]) -> None:
+    lm = build_lm("llama", dtype=torch.float64)
+    leaf = torch.zeros(lm.linear_shape(1, "down"), dtype=torch.float64, requires_grad=True)
+    still = Dense(torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)).double())
+    edits = [Edit((FACT,), "x", {}, lm.fingerprint, (ModuleEdit(1, delta),)) for delta in (still, Dense(leaf))]
+    with edits[0].applied(lm), edits[1].applied(lm):
+        before = lm.logits([TEXT])
+        with torch.no_grad():
+            leaf.add_(1.0)
+        assert not torch.allclose(lm.logits([TEXT]), before)
+        (gradient,) = torch.autograd.grad(lm.logits([TEXT]).sum(), [leaf])
+    assert bool(gradient.abs().sum() > 0)
+
+
 def test_every_kind_and_the_vectors_survive_the_file(tmp_path: Path) -> None:
     modules = (
         ModuleEdit(0, random_slices(4, 6, 2, "outputs", 0), linear="up", vectors={"past_keys": torch.randn(2, 6)}),
