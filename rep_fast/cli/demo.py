@@ -168,7 +168,7 @@ def _page(
         title="Edits that hold: rep_fast demo",
         summary=f"Facts that the model {bench.lm.name} knows were rewritten with ROME, with and without REP's key "
         "adapter; then every edit was asked about in other words, and its neighbours were watched.",
-        model=model_description(bench.lm, layer),
+        model=model_description(bench.lm, [layer]),
         edits=tuple(edited),
         columns=tuple(summary.columns),
         metrics=metric_rows(summary),

@@ -116,7 +116,7 @@ def _page(bench: Workbench, found: Sweep, method: str, n_cases: int, seeds: list
         title=f"Sweep of {found.name}",
         summary=f"{n_cases} records of {bench.lm.name} were edited with {method} at {len(found.values)} values of "
         f"{found.name}, each on the clean model.",
-        model=model_description(bench.lm, bench.layer(method)),
+        model=model_description(bench.lm, bench.layers(method)),
         cases=n_cases,
         seeds=tuple(seeds),
         curves=(sweep_curves(found),),

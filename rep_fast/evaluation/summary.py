@@ -115,7 +115,7 @@ class Summary:
             table.add_row(name, PROTOCOL_OF[name], *row)
         for stage in ("edit", "evaluation"):
             row = [_show_seconds(own.get(stage)) for own in self.seconds.values()]
-            table.add_row(f"{stage}, median s (p90)", "", *row)
+            table.add_row(f"{_STAGE_WORDS.get(stage, stage)}, median s (p90)", "", *row)
         if any(self.failures.values()):
             table.add_row("cases not edited", "", *(str(len(own)) for own in self.failures.values()))
         return table
@@ -227,6 +227,10 @@ def _show(cell: Cell | None, *, spread: bool) -> str:
     if cell is None:
         return "–"
     return f"{cell.mean:.1f} ± {cell.std:.1f}" if spread else f"{cell.mean:.1f}"
+
+
+# a column that builds on another one shares what that one made for the same record
+_STAGE_WORDS = {"edit": "edit, what is this column's own"}
 
 
 def _show_seconds(spread: Spread | None) -> str:

@@ -157,8 +157,9 @@ def _finite(values: Tensor) -> tuple[float | None, ...]:
     return tuple(value if math.isfinite(value) else None for value in values.tolist())
 
 
-def model_description(lm: EditableLM, layer: int) -> dict[str, str]:
-    """What the model is, in words."""
+def model_description(lm: EditableLM, layers: Sequence[int]) -> dict[str, str]:
+    """What the model is, in words; `layers` are the edited ones, none stand for all."""
+    numbers = ", ".join(map(str, layers)) if layers else "all"
     parameters = sum(weight.numel() for weight in lm.model.parameters())
     return {
         "name": str(lm.name),
@@ -166,8 +167,8 @@ def model_description(lm: EditableLM, layer: int) -> dict[str, str]:
         "parameters": f"{parameters / 1e6:.1f} M",
         "layers": str(lm.n_layers),
         "hidden width D": str(lm.hidden_size),
-        "key width M": str(lm.key_width(layer)),
-        "edited layer": f"{layer} (the first is 0)",
+        "key width M": str(lm.key_width(0)),
+        "edited layers": f"{numbers} (the first is 0)",
         "dtype, device": f"{str(lm.dtype).removeprefix('torch.')}, {lm.device}",
         "torch threads": str(torch.get_num_threads()),
     }
