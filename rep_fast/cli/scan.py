@@ -65,6 +65,8 @@ def scan(
         watch.lap("load")
         collected = bench.moments([layer])
         watch.lap("moments")
+        if tokens is None:
+            screen.say(f"scanning all of {bench.text.name}; --tokens N ends after N tokens")
         found = scan_corpus(
             lm,
             [case.fact for case in chosen],
