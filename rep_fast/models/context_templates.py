@@ -27,7 +27,14 @@ BARE = "{}"
 _TOP_K = 5
 _RECIPE = 1  # part of the cache's key: raised when the same seed gives other texts
 # style → (texts per seed word, length in tokens): "length" counts every token, BOS and seed word included
-_GROUPS = {"rome": ((2, 5), (2, 10)), "memit": ((1, 10),), "wise": ((1, 5), (1, 10))}
+_GROUPS = {
+    "rome": ((2, 5), (2, 10)),
+    "memit": ((1, 10),),
+    "wise": ((1, 5), (1, 10)),
+    "rome-original": ((10, 5), (10, 10)),
+}
+# styles whose only seed is the end-of-text token
+_SEEDED_BY_END = ("rome-original",)
 
 
 def context_templates(
@@ -35,16 +42,18 @@ def context_templates(
 ) -> tuple[str, ...]:
     """Templates of one style, the bare `{}` first.
 
-    Sampled by top-5 sampling from the unedited model, seeded by five words.
+    Sampled by top-5 sampling from the unedited model, seeded by five words or the end-of-text token.
 
     Args:
         style: "rome" (21 templates: the bare one, ten of length 5, ten of length 10), "memit" (6: the bare one and
-            five of length 10) or "wise" (11: the bare one and five of each length).
+            five of length 10), "wise" (11: the bare one and five of each length) or "rome-original" (as "rome", all
+            from the end-of-text token).
         seed: of the sampling; the same seed gives the same texts in every process.
         cache_dir: where they are kept, by model fingerprint, style and seed; default `$REP_FAST_CACHE`, else
             ~/.cache/rep_fast. A place that cannot be written is warned of: they are then drawn by every process.
     Raises:
-        HparamError: unknown style, or edits are active (templates belong to the unedited model).
+        HparamError: unknown style, edits are active (templates belong to the unedited model), or the tokenizer has no
+            end-of-text token to begin with.
     Cost: one short generation per template.
     """
     if style not in _GROUPS:
@@ -89,15 +98,22 @@ def _digest(templates: tuple[str, ...]) -> str:
 
 
 def _wanted(style: str) -> list[tuple[str, int, int]]:
-    return [
-        (word, length, number) for count, length in _GROUPS[style] for word in SEED_WORDS for number in range(count)
-    ]
+    """Seed word ("" for the end of text), length and number of each text."""
+    words = ("",) if style in _SEEDED_BY_END else SEED_WORDS
+    return [(word, length, number) for count, length in _GROUPS[style] for word in words for number in range(count)]
 
 
 def _sample(lm: EditableLM, word: str, length: int, seed: int, number: int) -> str:
     draw = int.from_bytes(hashlib.sha256(f"{seed}/{word}/{length}/{number}".encode()).digest()[:4], "little")
-    new_tokens = max(1, length - len(lm.encode([word]).rows()[0]))
-    return as_template(lm.generate(word, max_new_tokens=new_tokens, top_k=_TOP_K, seed=draw))
+    seed_ids = lm.encode([word]).rows()[0] if word else [_end_of_text(lm)]
+    new_tokens = max(1, length - len(seed_ids))
+    return as_template(lm.generate(seed_ids, max_new_tokens=new_tokens, top_k=_TOP_K, seed=draw))
+
+
+def _end_of_text(lm: EditableLM) -> int:
+    if lm.tokenizer.eos_token_id is None:
+        raise HparamError(f"the tokenizer of {lm.name} has no end-of-text token to begin with; use style 'rome'")
+    return int(lm.tokenizer.eos_token_id)
 
 
 def as_template(text: str) -> str:

@@ -27,7 +27,7 @@ def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EditableLM, "generate", fail)
 
 
-@pytest.mark.parametrize(("style", "count"), [("rome", 21), ("memit", 6), ("wise", 11)])
+@pytest.mark.parametrize(("style", "count"), [("rome", 21), ("memit", 6), ("wise", 11), ("rome-original", 21)])
 def test_the_bare_prompt_comes_first_and_each_has_one_slot(
     tiny_llama: EditableLM, tmp_path: Path, style: str, count: int
 ) -> None:
@@ -39,6 +39,24 @@ def test_the_bare_prompt_comes_first_and_each_has_one_slot(
 
 def test_braces_of_a_sampled_text_are_no_slots() -> None:
     assert as_template(" The {name} {}\n\nis ﬁne ") == "The name  is fine. {}"
+
+
+def test_the_original_begins_at_the_end_of_text(build_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = build_lm("llama")
+    begun: list[list[int]] = []
+    generate = EditableLM.generate
+
+    def watching(self: EditableLM, prompt: Any, **settings: Any) -> str:
+        begun.append([*prompt, settings["max_new_tokens"]])
+        return generate(self, prompt, **settings)
+
+    monkeypatch.setattr(EditableLM, "generate", watching)
+    context_templates(lm, style="rome-original", cache_dir=tmp_path)
+    end = lm.tokenizer.eos_token_id
+    assert begun == [[end, 4]] * 10 + [[end, 9]] * 10
+    monkeypatch.setattr(lm.tokenizer, "eos_token", None)
+    with pytest.raises(HparamError, match="no end-of-text token to begin with; use style 'rome'"):
+        context_templates(lm, style="rome-original", cache_dir=tmp_path, seed=1)
 
 
 def test_the_seed_decides_the_texts(tiny_llama: EditableLM, tmp_path: Path) -> None:

@@ -39,6 +39,54 @@ def test_default_values_are_the_papers() -> None:
     assert llama.value == ValueHparams(25, 0.5, 1e-3, 4.0, 0.0625, 0.05)
 
 
+def test_default_values_of_batch_methods_are_the_papers() -> None:
+    """methods §1, §3 and §5: layers, v* settings and ridges by family."""
+    preset = load_preset("default")
+    layers = {"llama": [4, 5, 6, 7, 8], "gptj": [3, 4, 5, 6, 7, 8], "gpt2": [13, 14, 15, 16, 17]}
+    for method in ("memit", "memit-cache", "pmet", "alphaedit"):
+        for family, wanted in layers.items():
+            assert preset.section(method, family=family)["layers"] == wanted
+    for family, wanted_layers in (("qwen2", [5]), ("gptj", [5]), ("gpt2", [17])):
+        assert preset.section("emmet", family=family)["layers"] == wanted_layers
+    for method in ("memit", "emmet", "alphaedit"):
+        for family, wanted_value in (
+            ("mistral", ValueHparams(25, 0.5, 1e-3, 4.0, 0.0625, 0.05)),
+            ("gptj", ValueHparams(25, 0.5, 0.5, 0.75, 0.0625, 0.05)),
+            ("gpt2", ValueHparams(20, 0.5, 0.5, 0.75, 0.0625, 0.05)),
+        ):
+            assert hparams_of(preset, method, family).value == wanted_value
+    llama = ValueHparams(20, 0.5, 0.5, 1.0, 0.0625, 0.05, stop_when_answered=True)
+    assert hparams_of(preset, "pmet", "llama").value == llama
+    gptj = ValueHparams(30, 0.2, 0.5, 0.75, 1.0, 0.05, stop_when_answered=True)
+    assert hparams_of(preset, "pmet", "gptj").value == gptj
+    assert hparams_of(preset, "memit-cache", "llama").past_keys
+    assert (hparams_of(preset, "alphaedit", "llama").l2, hparams_of(preset, "alphaedit", "qwen2").l2) == (10.0, 1.0)
+    assert hparams_of(preset, "alphaedit", "gptj").nullspace_threshold == 0.02
+
+
+def test_presets_of_the_published_editors() -> None:
+    """methods §5 and §16."""
+    easy = load_preset("emmet-easyedit")
+    for family, alpha in (("llama", 1e5), ("gptj", 1e5), ("gpt2", 1e4)):
+        found = hparams_of(easy, "emmet", family)
+        assert (found.mom2_update_weight, found.emmet_lambda) == (alpha, 0.1)
+    original = load_preset("memit-original")
+    weights = [hparams_of(original, "memit", family).mom2_update_weight for family in ("gptj", "gpt2")]
+    assert weights == [15000, 20000]
+    assert not hparams_of(original, "memit", "gptj").share_values
+    assert hparams_of(load_preset("rome-original"), "rome", "gpt2").template_style == "rome-original"
+    llama3 = ValueHparams(25, 0.1, 0.5, 0.75, 0.0625, 0.05)
+    for preset, l2 in (("alphaedit-original", 10.0), ("llama3", 1.0)):
+        found = hparams_of(load_preset(preset), "alphaedit", "llama")
+        assert (found.value, found.l2) == (llama3, l2)
+    assert hparams_of(load_preset("llama3"), "memit", "llama").value == llama3
+
+
+def hparams_of(preset: Preset, method: str, family: str) -> Any:
+    values = preset.section(method, family=family)
+    return from_flat_mapping(editors.get(method).hparams_type, values, where="test")
+
+
 def test_parity_preset() -> None:
     """REP-code: no early stop for ROME but one for R-ROME, standalone targets, the paper's objective (methods §16)."""
     preset = load_preset("rep-official")
@@ -92,7 +140,7 @@ def test_what_is_no_list_of_layers_is_refused(value: Any) -> None:
 
 
 def test_bad_values_are_named() -> None:
-    with pytest.raises(HparamError, match="preset 'rep-oficial' is unknown; choose from default, "):
+    with pytest.raises(HparamError, match="preset 'rep-oficial' is unknown; choose from alphaedit-original, default, "):
         load_preset("rep-oficial")
     with pytest.raises(HparamError, match=r"rome has no hyper-parameter 'v_step'; it has clamp_norm_factor"):
         from_flat_mapping(RomeHparams, {"layer": 1, "v_step": 3}, where="rome")
