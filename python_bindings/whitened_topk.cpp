@@ -1,34 +1,35 @@
 #include "cpu/whitened_topk.h"
 
-#include <map>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
 #include <string>
 
 #include "bindings.h"
 #include "core/error.h"
+#include "cpu/whitened_topk_kernels.h"
 #include "key_arg.h"
 #include "tensor_arg.h"
 
 namespace rep_fast::python {
 namespace {
 
-ScanPrecision precision_arg(const std::string& name) {
-    static const std::map<std::string, ScanPrecision> known = {{"auto", ScanPrecision::kAuto},
-                                                               {"fp64", ScanPrecision::kFloat64},
-                                                               {"fp32", ScanPrecision::kFloat32},
-                                                               {"bf16", ScanPrecision::kBf16},
-                                                               {"bf16x2", ScanPrecision::kBf16Twice}};
-    const auto found = known.find(name);
-    REP_FAST_CHECK(found != known.end(), "precision '" << name << "' is unknown");
-    return found->second;
+// "auto" leaves the choice to the scan.
+std::optional<ScanPass> pass_arg(const std::string& name) {
+    const auto* const found = std::find(kScanPassNames.begin(), kScanPassNames.end(), name);
+    REP_FAST_CHECK(found != kScanPassNames.end() || name == "auto", "precision '" << name << "' is unknown");
+    return found == kScanPassNames.end() ? std::nullopt
+                                         : std::optional(static_cast<ScanPass>(found - kScanPassNames.begin()));
 }
 
-// Updates scores, ids and query_dropped; returns (non-finite keys, first of them or −1, pairs scored in float64, number
-// of the pass that ran).
+// Updates scores, ids and query_dropped; returns (non-finite keys, first of them or −1, pairs scored in float64, keys
+// that each pass of kScanPassNames went over).
 py::tuple scan(const py::object& keys, const py::object& queries, const py::object& scores, const py::object& ids,
                const py::object& query_dropped, std::int64_t first_id, const py::object& token_ids,
                const py::object& sequence_starts, const py::object& last_tokens, const py::object& lookback,
                std::int64_t window, const py::object& indptr, const py::object& subjects, const std::string& precision,
-               int level, int n_threads) {
+               double delta, std::uint64_t seed, int level, int n_threads) {
     const ScanInput input = {
         .keys = key_arg(keys, "keys"),
         .queries = TensorArg(queries, "queries").matrix<const float>(),
@@ -40,7 +41,8 @@ py::tuple scan(const py::object& keys, const py::object& queries, const py::obje
                        .window = window},
         .pairs = {.indptr = optional_vector<const std::int64_t>(indptr, "indptr"),
                   .subjects = optional_vector<const std::int64_t>(subjects, "subjects")},
-        .precision = precision_arg(precision)};
+        .pass = pass_arg(precision),
+        .dither = {.delta = delta, .seed = seed}};
     const ScanState state = {.scores = TensorArg(scores, "scores").matrix<double>(),
                              .ids = TensorArg(ids, "ids").matrix<std::int64_t>(),
                              .query_dropped = TensorArg(query_dropped, "query_dropped").vector<bool>()};
@@ -49,8 +51,7 @@ py::tuple scan(const py::object& keys, const py::object& queries, const py::obje
         const py::gil_scoped_release unlocked;
         report = whitened_topk(input, state, static_cast<CpuLevel>(level), n_threads);
     }
-    return py::make_tuple(report.n_nonfinite_keys, report.first_nonfinite_key, report.n_rescored,
-                          static_cast<int>(report.pass));
+    return py::make_tuple(report.n_nonfinite_keys, report.first_nonfinite_key, report.n_rescored, report.pass_keys);
 }
 
 }  // namespace
@@ -60,7 +61,7 @@ void bind_whitened_topk(py::module_& m) {
     m.def("whitened_topk", &scan, py::kw_only(), py::arg("keys"), py::arg("queries"), py::arg("scores"), py::arg("ids"),
           py::arg("query_dropped"), py::arg("first_id"), py::arg("token_ids"), py::arg("sequence_starts"),
           py::arg("last_tokens"), py::arg("lookback"), py::arg("window"), py::arg("indptr"), py::arg("subjects"),
-          py::arg("precision"), py::arg("level"), py::arg("n_threads"));
+          py::arg("precision"), py::arg("delta"), py::arg("seed"), py::arg("level"), py::arg("n_threads"));
 }
 
 }  // namespace rep_fast::python

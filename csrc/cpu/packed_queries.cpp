@@ -78,8 +78,9 @@ PackedQueries::PackedQueries(MatrixView<const float> queries, ScanPass pass, int
     const auto operations = static_cast<double>(2 * n_products(pass, queries.cols) + 4 * n_k_blocks(queries.cols) + 4);
     // Σ|ŵ_j| of high and low is below 2.1·√M·‖w‖; the keys' sum is in the margins
     const double flushed = 2.1 * std::sqrt(static_cast<double>(queries.cols)) * largest_norm_;
-    underflow_ =
-        round_up(is_bf16(pass) ? (operations + flushed) * kSmallestNormal * kRoundingSlack : operations * 0x1p-149);
+    // at least a normal number: arithmetic on subnormal ones is slow
+    underflow_ = round_up(is_bf16(pass) ? (operations + flushed) * kSmallestNormal * kRoundingSlack
+                                        : std::max(operations * 0x1p-149, kSmallestNormal));
 }
 
 const float* PackedQueries::panel(std::int64_t number, std::int64_t depth) const {

@@ -13,6 +13,7 @@
 #include "core/aligned_buffer.h"
 #include "core/matrix_view.h"
 #include "cpu/whitened_topk.h"
+#include "cpu/whitened_topk_kernels.h"
 
 namespace rep_fast {
 

@@ -1,12 +1,12 @@
 #include "cpu/pass_choice.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <vector>
 
 #include "core/error.h"
-#include "cpu/ceilings.h"
-#include "cpu/packed_queries.h"
+#include "cpu/spread_rows.h"
 
 namespace rep_fast {
 namespace {
@@ -14,127 +14,288 @@ namespace {
 constexpr std::int64_t kSample = 16;  // rows, and queries: some hundred products of the scan's millions
 // A margin of half a standard deviation multiplies the survivors by about ten where the k-th best stands at 5 of them.
 constexpr double kSmallMargin = 0.5;
-
-// Row numbers spread evenly over n.
-std::vector<std::int64_t> spread(std::int64_t n) {
-    std::vector<std::int64_t> rows;
-    const std::int64_t count = std::min(n, kSample);
-    for (std::int64_t i = 0; i < count; ++i) {
-        rows.push_back(i * n / count);
-    }
-    return rows;
-}
-
 // A lead that the noise of a short measurement does not make.
 constexpr double kClearLead = 1.1;
+// Quantising a key takes the time of its int8 products with so many queries.
+constexpr double kQuantiserQueries = 64.0;
 
-// Standard deviation of a query's scores over the sampled rows; NaN when one is not finite.
-double deviation(const ScanInput& input, MatrixView<const BFloat16> keys, const std::vector<std::int64_t>& rows,
-                 std::int64_t query, const WhitenedTopkKernels& kernels) {
+// ---- how fast ------------------------------------------------------------------------------------------------------
+
+// Operations per second of work(), best of some runs: what the kernel does without the scheduler's interruptions.
+template <class Work>
+double best_rate(double operations, const Work& work) {
+    using Clock = std::chrono::steady_clock;
+    const auto end = Clock::now() + std::chrono::milliseconds(2);
+    double best = 0.0;
+    do {
+        const auto begin = Clock::now();
+        work();
+        best = std::max(best, operations / std::chrono::duration<double>(Clock::now() - begin).count());
+    } while (Clock::now() < end);
+    return best;
+}
+
+ProductRates measured_rates() {
+    constexpr std::int64_t kTiles = 16;
+    constexpr std::int64_t kPanels = 4;
+    constexpr std::int64_t kKeys = kTiles * kTileKeys;
+    constexpr std::int64_t kQueries = kPanels * kPanelQueries;
+    constexpr auto kOperations = static_cast<double>(2 * kKeys * kQueries * kBlockDepth);
+    const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), machine_cpu_level()).kernels;
+    AlignedBuffer key_buffer;
+    AlignedBuffer panel_buffer;
+    AlignedBuffer score_buffer;
+    float* const keys = key_buffer.reserve(kKeys * kWidenedStride);
+    float* const panels = panel_buffer.reserve(kQueries * kBlockDepth);
+    float* const scores = score_buffer.reserve(kKeys * kQueries);
+    std::fill(keys, keys + kKeys * kWidenedStride, 1.0f);
+    std::fill(panels, panels + kQueries * kBlockDepth, 1.0f);
+    ProductRates rates;
+    rates.float32 = best_rate(kOperations, [&] {
+        kernels.float32.multiply(keys, kTiles, panels, kPanels, kPanelQueries * kBlockDepth, kBlockDepth, scores,
+                                 kQueries, true);
+    });
+    if (kernels.bf16_products != nullptr) {
+        const std::vector<BFloat16> rows(static_cast<std::size_t>(kKeys * kBlockDepth), BFloat16{0x3f80});
+        const std::vector<std::uint32_t> pairs(static_cast<std::size_t>(kQueries * kBlockDepth / 2), 0x3f803f80u);
+        const Bf16Keys block = {rows.data(), kBlockDepth, kKeys, kBlockDepth, 0};
+        const Bf16Panels from = {pairs.data(), nullptr, kPanelQueries * kBlockDepth / 2};
+        rates.bf16 = best_rate(kOperations,
+                               [&] { kernels.bf16_products->multiply(block, from, kPanels, scores, kQueries, true); });
+    }
+    if (kernels.int8_products != nullptr) {
+        const std::vector<std::uint8_t> rows(static_cast<std::size_t>(kKeys * kBlockDepth), 1);
+        const std::vector<std::uint32_t> quads(static_cast<std::size_t>(kQueries * kBlockDepth / 4), 0x01010101u);
+        std::vector<std::int32_t> sums(static_cast<std::size_t>(kKeys * kQueries));
+        const Int8Keys block = {rows.data(), kBlockDepth, kKeys, kBlockDepth};
+        rates.int8 = best_rate(kOperations, [&] {
+            kernels.int8_products->multiply(block, quads.data(), kPanels, kPanelQueries * kBlockDepth / 4, sums.data(),
+                                            kQueries, nullptr);
+        });
+    }
+    return rates;
+}
+
+// ---- how much survives ---------------------------------------------------------------------------------------------
+
+// Mean and standard deviation of a query's scores over sampled rows.
+struct Spread {
+    double mean;
+    double deviation;
+};
+
+template <class T>
+Spread spread_of_scores(const MatrixView<const T>& keys, const float* query, const std::vector<std::int64_t>& rows,
+                        const WhitenedTopkKernels& kernels) {
+    const RowKernels<T>& of_key = kernels.rows.template of<T>();
     double sum = 0.0;
     double squares = 0.0;
     for (const std::int64_t row : rows) {
-        const double score = kernels.bf16.exact_score(keys.row(row), input.queries.row(query), keys.cols);
+        const double score = of_key.exact_score(keys.row(row), query, keys.cols);
         sum += score;
         squares += score * score;
     }
     const auto n = static_cast<double>(rows.size());
-    return std::sqrt(std::max(squares / n - sum / n * sum / n, 0.0));
+    return {sum / n, std::sqrt(std::max(squares / n - sum / n * sum / n, 0.0))};
 }
 
 // Rows without a NaN or infinity: `nonfinite` may leave the others out.
-std::vector<std::int64_t> finite_rows(MatrixView<const BFloat16> keys) {
-    std::vector<std::int64_t> rows = spread(keys.rows);
+template <class T>
+std::vector<std::int64_t> finite_rows(const MatrixView<const T>& keys) {
+    std::vector<std::int64_t> rows = spread_rows(keys.rows, kSample);
     std::erase_if(rows, [&](std::int64_t row) {
         return !std::all_of(keys.row(row), keys.row(row) + keys.cols,
-                            [](BFloat16 key) { return std::isfinite(to_float(key)); });
+                            [](T key) { return std::isfinite(to_float(key)); });
     });
     return rows;
 }
 
-ScanPass choose_for(const ScanInput& input, MatrixView<const BFloat16> keys, const WhitenedTopkKernels& kernels,
-                    double gain) {
-    const std::vector<std::int64_t> rows = finite_rows(keys);
-    const std::vector<std::int64_t> queries = spread(input.queries.rows);
-    double largest_square = 0.0;
-    for (const std::int64_t row : rows) {
-        double square = 0.0;
-        for (std::int64_t j = 0; j < keys.cols; ++j) {
-            const auto key = static_cast<double>(to_float(keys.row(row)[j]));
-            square += key * key;
-        }
-        largest_square = std::max(largest_square, square);
+double normal_tail(double x) {
+    return 0.5 * std::erfc(x / std::sqrt(2.0));
+}
+
+// x with normal_tail(x) = share, by halving.
+double normal_quantile(double share) {
+    double low = -10.0;
+    double high = 40.0;
+    for (int i = 0; i < 60; ++i) {
+        const double middle = (low + high) / 2.0;
+        (normal_tail(middle) > share ? low : high) = middle;
     }
-    std::vector<float> sampled(queries.size() * static_cast<std::size_t>(keys.cols));
-    for (std::size_t i = 0; i < queries.size(); ++i) {
-        const float* const from = input.queries.row(queries[i]);
-        std::copy(from, from + keys.cols, sampled.data() + i * static_cast<std::size_t>(keys.cols));
-    }
-    for (const ScanPass pass : {ScanPass::kBf16, ScanPass::kBf16Twice}) {
-        if (gain < kClearLead * (pass == ScanPass::kBf16 ? 1.0 : 2.0)) {
-            break;  // the high and low halves are two products
-        }
+    return low;
+}
+
+// Sampled rows of keys and what the queries' scores on them say.
+template <class T>
+class Sample {
+  public:
+    Sample(const ScanInput& input, const ScanState& state, const MatrixView<const T>& keys,
+           const WhitenedTopkKernels& kernels)
+        : input_(input),
+          state_(state),
+          keys_(keys),
+          kernels_(kernels),
+          rows_(finite_rows(keys)),
+          queries_(spread_rows(input.queries.rows, kSample)) {}
+
+    // Median over queries of the margin beside the scores' deviation is small.
+    bool has_small_margins(ScanPass pass) const {
         // the scan's own margins, so that the choice knows what the scan will find
-        const PackedQueries packed({sampled.data(), std::ssize(queries), keys.cols, keys.cols}, pass, 1);
-        const auto key_norm = static_cast<double>(packed.key_norm(largest_square));
+        std::vector<float> sampled;
+        for (const std::int64_t query : queries_) {
+            sampled.insert(sampled.end(), input_.queries.row(query), input_.queries.row(query) + keys_.cols);
+        }
+        const PackedQueries packed({sampled.data(), std::ssize(queries_), keys_.cols, keys_.cols}, pass, 1);
+        const auto key_norm = static_cast<double>(packed.key_norm(largest_square()));
         std::int64_t n_small = 0;
         std::int64_t n_finite = 0;
-        for (std::int64_t i = 0; i < std::ssize(queries); ++i) {
+        for (std::int64_t i = 0; i < std::ssize(queries_); ++i) {
             if (!packed.is_finite(i)) {
                 continue;
             }
             ++n_finite;
             const double margin =
                 key_norm * static_cast<double>(packed.margins()[i]) + static_cast<double>(packed.underflow());
-            const double spread_of_scores = deviation(input, keys, rows, queries[static_cast<std::size_t>(i)], kernels);
-            n_small += margin <= kSmallMargin * spread_of_scores ? 1 : 0;
+            n_small += margin <= kSmallMargin * spread(queries_[static_cast<std::size_t>(i)]).deviation ? 1 : 0;
         }
-        if (2 * n_small > n_finite) {
+        return 2 * n_small > n_finite;
+    }
+
+    // Share of pairs whose int8 score and margin reach the k-th best.
+    double int8_survivors(const DitheredQueries& dithered) const {
+        const std::vector<Int8Margins> margins = int8_margins(dithered);
+        const double usual = normal_quantile(std::min(
+            static_cast<double>(state_.scores.cols) / static_cast<double>(std::max<std::int64_t>(keys_.rows, 1)), 1.0));
+        double share = 0.0;
+        std::int64_t n = 0;
+        for (const std::int64_t query : queries_) {
+            if (!dithered.is_finite(query)) {
+                continue;
+            }
+            const Spread scores = spread(query);
+            const double known = state_.scores.row(query)[state_.scores.cols - 1];
+            const double threshold = std::max(known, scores.mean + usual * scores.deviation);
+            for (const Int8Margins& own : margins) {
+                const double margin = static_cast<double>(own.key_step) * static_cast<double>(own.of_queries[query]) +
+                                      static_cast<double>(own.key_norm) * static_cast<double>(own.query_steps[query]);
+                share +=
+                    scores.deviation > 0.0 ? normal_tail((threshold - margin - scores.mean) / scores.deviation) : 1.0;
+                ++n;
+            }
+        }
+        return n == 0 ? 0.0 : share / static_cast<double>(n);
+    }
+
+  private:
+    Spread spread(std::int64_t query) const {
+        return spread_of_scores(keys_, input_.queries.row(query), rows_, kernels_);
+    }
+
+    double largest_square() const {
+        double largest = 0.0;
+        for (const std::int64_t row : rows_) {
+            double square = 0.0;
+            for (std::int64_t j = 0; j < keys_.cols; ++j) {
+                const auto key = static_cast<double>(to_float(keys_.row(row)[j]));
+                square += key * key;
+            }
+            largest = std::max(largest, square);
+        }
+        return largest;
+    }
+
+    // Of each sampled row.
+    std::vector<Int8Margins> int8_margins(const DitheredQueries& dithered) const {
+        const QuantiseKernels<T>& of_key = kernels_.int8_products->rows.template of<T>();
+        std::vector<std::uint8_t> bytes(static_cast<std::size_t>(keys_.cols + kQuantisedMultiple));
+        std::vector<Int8Margins> margins;
+        for (const std::int64_t row : rows_) {
+            const float largest = of_key.largest(keys_.row(row), dithered.key_scales(), keys_.cols);
+            if (!std::isfinite(largest)) {
+                margins.push_back(dithered.no_margins(0));
+                continue;
+            }
+            const FixedPoint point = fixed_point(largest);
+            const std::int64_t square = of_key.quantise(keys_.row(row), dithered.key_scales(), dithered.key_dither(),
+                                                        point.per_step, keys_.cols, bytes.data());
+            margins.push_back(dithered.margins(0, point.step, square));
+        }
+        return margins;
+    }
+
+    const ScanInput& input_;
+    const ScanState& state_;
+    const MatrixView<const T>& keys_;
+    const WhitenedTopkKernels& kernels_;
+    std::vector<std::int64_t> rows_;
+    std::vector<std::int64_t> queries_;
+};
+
+template <class T>
+ScanPass choose_exact_product(const Sample<T>& sample, const ScanInput& input, const WhitenedTopkKernels& kernels,
+                              const ProductRates& rates) {
+    for (const ScanPass pass : {ScanPass::kBf16, ScanPass::kBf16Twice}) {
+        // the high and low halves are two products
+        const double needed = kClearLead * (pass == ScanPass::kBf16 ? 1.0 : 2.0) * rates.float32;
+        if (has_pass(kernels, pass, input.keys) && rates.bf16 >= needed && sample.has_small_margins(pass)) {
             return pass;
         }
     }
     return ScanPass::kFloat32;
 }
 
-ScanPass named_pass(ScanPrecision precision) {
-    switch (precision) {
-        case ScanPrecision::kFloat64:
-            return ScanPass::kFloat64;
-        case ScanPrecision::kBf16:
-            return ScanPass::kBf16;
-        case ScanPrecision::kBf16Twice:
-            return ScanPass::kBf16Twice;
-        case ScanPrecision::kAuto:
-        case ScanPrecision::kFloat32:
-            break;
-    }
-    return ScanPass::kFloat32;
-}
-
 }  // namespace
 
-double bf16_gain() {
-    static const double gain = [] {
-        constexpr double kSeconds = 3e-3;
-        const CpuLevel level = machine_cpu_level();
-        const double float32 = product_rate(Product::kFloat32, level, 1, kSeconds);
-        return product_rate(Product::kBf16, level, 1, kSeconds) / float32;
-    }();
-    return gain;
+ProductRates product_rates() {
+    static const ProductRates rates = measured_rates();
+    return rates;
 }
 
-ScanPass choose_pass(const ScanInput& input, const WhitenedTopkKernels& kernels, double (*gain)()) {
-    const auto* const keys = std::get_if<MatrixView<const BFloat16>>(&input.keys);
-    const bool has_bf16 = keys != nullptr && kernels.bf16_products != nullptr;
-    const ScanPass named = named_pass(input.precision);
-    REP_FAST_CHECK(has_bf16 || (named != ScanPass::kBf16 && named != ScanPass::kBf16Twice),
-                   "a bfloat16 pass needs bfloat16 keys and a processor with AVX-512 BF16; use precision auto");
-    const bool is_open = input.precision == ScanPrecision::kAuto && has_bf16;
-    if (!is_open || keys->rows == 0 || input.queries.rows == 0) {
-        return named;
+bool has_pass(const WhitenedTopkKernels& kernels, ScanPass pass, const KeyMatrix& keys) {
+    const std::int64_t width = std::visit([](const auto& matrix) { return matrix.cols; }, keys);
+    switch (pass) {
+        case ScanPass::kFloat64:
+        case ScanPass::kFloat32:
+            break;
+        case ScanPass::kBf16:
+        case ScanPass::kBf16Twice:
+            return kernels.bf16_products != nullptr && std::holds_alternative<MatrixView<const BFloat16>>(keys);
+        case ScanPass::kInt8:
+            return kernels.int8_products != nullptr && width <= kLargestInt8Width;
     }
-    const double measured = gain();
-    return measured < kClearLead ? named : choose_for(input, *keys, kernels, measured);
+    return true;
+}
+
+PassChoice choose_pass(const ScanInput& input, const ScanState& state, const WhitenedTopkKernels& kernels,
+                       QueryPackings& packings, ProductRates (*rates)()) {
+    if (input.pass.has_value()) {
+        REP_FAST_CHECK(has_pass(kernels, *input.pass, input.keys),
+                       "the pass " << kScanPassNames[static_cast<std::size_t>(*input.pass)]
+                                   << " cannot run on these keys and this processor; use precision auto");
+        return {*input.pass, *input.pass};
+    }
+    const bool has_bf16 = has_pass(kernels, ScanPass::kBf16, input.keys);
+    const bool has_int8 = has_pass(kernels, ScanPass::kInt8, input.keys);
+    return std::visit(
+        [&](const auto& keys) -> PassChoice {
+            if ((!has_bf16 && !has_int8) || keys.rows == 0 || input.queries.rows == 0) {
+                return {};
+            }
+            const ProductRates measured = rates();
+            const Sample sample(input, state, keys, kernels);
+            const ScanPass other = choose_exact_product(sample, input, kernels, measured);
+            const double other_rate = other == ScanPass::kFloat32 ? measured.float32
+                                      : other == ScanPass::kBf16  ? measured.bf16
+                                                                  : measured.bf16 / 2.0;
+            const auto n_queries = static_cast<double>(input.queries.rows);
+            if (!has_int8 || measured.int8 * n_queries < kClearLead * other_rate * (n_queries + kQuantiserQueries)) {
+                return {other, other};
+            }
+            const auto dithered = packings.dithered(input.keys, *kernels.int8_products, input.dither, 1);
+            const bool is_sharp = sample.int8_survivors(*dithered) <= kLargestSurvivorShare;
+            return {is_sharp ? ScanPass::kInt8 : other, other};
+        },
+        input.keys);
 }
 
 }  // namespace rep_fast

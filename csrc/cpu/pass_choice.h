@@ -1,21 +1,41 @@
 // Which pass of whitened_topk rules pairs out at the least cost, decided before the scan from its error bound.
 #pragma once
 
+#include "cpu/query_packings.h"
 #include "cpu/whitened_topk.h"
+#include "cpu/whitened_topk_kernels.h"
 
 namespace rep_fast {
 
-// How many times as many products of bfloat16 as of float32 this processor does in a second, measured at the first call
-// (some milliseconds): 2 on some with AVX-512 BF16, ½ on others, where the float32 pass serves better.
-double bf16_gain();
+// A pass that lets more than this share of the pairs through is not worth its speed.
+inline constexpr double kLargestSurvivorShare = 0.02;
 
-// The fastest pass whose margin is small beside the spread of the scores, so that little more survives than must: on a
-// sample of pairs, the median over queries of margin / standard deviation is at most one half. A pass of bfloat16 is
-// looked at only where `gain` says that it leads clearly. Every pass gives the same result, so gain and sample decide
-// speed alone.
+// Products per second of each kind, as this op's own kernels do them; 0 where there are none.
+struct ProductRates {
+    double float32 = 0.0;
+    double bf16 = 0.0;
+    double int8 = 0.0;
+};
+
+// Of the highest level of this processor, measured at the first call (some milliseconds). bfloat16 is twice as fast as
+// float32 on some processors with AVX-512 BF16, half as fast on others.
+ProductRates product_rates();
+
+struct PassChoice {
+    ScanPass first = ScanPass::kFloat32;
+    ScanPass second = ScanPass::kFloat32;  // what the int8 pass gives way to when too much survives after all
+};
+
+// Whether a pass can run on these keys with these kernels.
+bool has_pass(const WhitenedTopkKernels& kernels, ScanPass pass, const KeyMatrix& keys);
+
+// The fastest pass whose margin lets little more survive than must, by a sample of pairs. int8: at most
+// kLargestSurvivorShare of them reach the k-th best, taken from the state or else from a normal distribution of scores.
+// bfloat16: the median over queries of margin / standard deviation is at most one half. Either is looked at only where
+// `rates` says that it leads clearly. Every pass gives the same result, so rates and sample decide speed alone.
 //
-// gain: called where the answer depends on it, so that nothing is measured for keys or a precision that leave no
-// choice.
-ScanPass choose_pass(const ScanInput& input, const WhitenedTopkKernels& kernels, double (*gain)() = bf16_gain);
+// rates: called where the answer depends on it, so that nothing is measured for keys or a pass that leave no choice.
+PassChoice choose_pass(const ScanInput& input, const ScanState& state, const WhitenedTopkKernels& kernels,
+                       QueryPackings& packings, ProductRates (*rates)() = product_rates);
 
 }  // namespace rep_fast

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "cpu/packed_queries.h"
+
 namespace rep_fast {
 namespace {
 
@@ -42,18 +44,18 @@ bool is_excluded(const ScanInput& input, std::int64_t row, std::int64_t query) {
     return is_excluded(input.last_token, row, query) || is_excluded(input.pairs, row, query);
 }
 
-RunningHits::RunningHits(const ScanState& state, const PackedQueries& packed)
+RunningHits::RunningHits(const ScanState& state, std::int64_t n_padded)
     : k_(state.scores.cols),
       floors_(static_cast<std::size_t>(state.scores.rows)),
       hits_(floors_.size()),
-      thresholds_(static_cast<std::size_t>(packed.n_padded()), std::numeric_limits<float>::infinity()) {
+      thresholds_(static_cast<std::size_t>(n_padded), std::numeric_limits<float>::infinity()) {
     for (std::int64_t query = 0; query < state.scores.rows; ++query) {
         const std::int64_t last_id = state.ids.row(query)[k_ - 1];
         // what the state would not take need not be collected: only better hits than its k-th
         floors_[static_cast<std::size_t>(query)] = last_id < 0
                                                        ? Hit{-kInfinity, std::numeric_limits<std::int64_t>::max()}
                                                        : Hit{state.scores.row(query)[k_ - 1], last_id};
-        if (packed.is_finite(query)) {
+        if (!state.query_dropped[static_cast<std::size_t>(query)]) {
             update_threshold(query);
         }
     }

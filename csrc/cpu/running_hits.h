@@ -6,7 +6,6 @@
 #include <span>
 #include <vector>
 
-#include "cpu/packed_queries.h"
 #include "cpu/whitened_topk.h"
 
 namespace rep_fast {
@@ -25,7 +24,8 @@ bool is_excluded(const ScanInput& input, std::int64_t row, std::int64_t query);
 
 class RunningHits {
   public:
-    RunningHits(const ScanState& state, const PackedQueries& packed);
+    // n_padded: queries with those that fill the last panel.
+    RunningHits(const ScanState& state, std::int64_t n_padded);
 
     bool would_take(std::int64_t query, const Hit& hit) const {
         const auto& hits = hits_[static_cast<std::size_t>(query)];

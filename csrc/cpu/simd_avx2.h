@@ -34,6 +34,10 @@ struct Simd {
     [[gnu::always_inline]] static inline Vector absolute(Vector a) {
         return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a);
     }
+    // bit i: NOT a[i] < b[i]
+    [[gnu::always_inline]] static inline unsigned not_less(Vector a, Vector b) {
+        return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
+    }
     [[gnu::always_inline]] static inline float sum(Vector a) {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -35,6 +35,10 @@ struct Simd {
     [[gnu::always_inline]] static inline Vector absolute(Vector a) {
         return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff)));
     }
+    // bit i: NOT a[i] < b[i]
+    [[gnu::always_inline]] static inline unsigned not_less(Vector a, Vector b) {
+        return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ);
+    }
     [[gnu::always_inline]] static inline float sum(Vector a) {
         const __m256 eight =
             _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, a, 0), _mm512_maskz_extractf32x8_ps(0xff, a, 1));

@@ -33,6 +33,14 @@ struct Simd {
     [[gnu::always_inline]] static inline Vector add(Vector a, Vector b) { return a + b; }
     [[gnu::always_inline]] static inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
     [[gnu::always_inline]] static inline Vector absolute(Vector a) { return a < 0.0f ? -a : a; }
+    // bit i: NOT a[i] < b[i]
+    [[gnu::always_inline]] static inline unsigned not_less(Vector a, Vector b) {
+        unsigned bits = 0;
+        for (int i = 0; i < kLanes; ++i) {
+            bits |= a[i] < b[i] ? 0u : 1u << i;
+        }
+        return bits;
+    }
     [[gnu::always_inline]] static inline float sum(Vector a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 };
 

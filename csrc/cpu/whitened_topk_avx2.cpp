@@ -5,7 +5,9 @@
 // Internal linkage only, no standard library: see core/dispatch.h.
 #include <immintrin.h>
 
-#include "cpu/whitened_topk.h"
+#include "cpu/score_selection.h"
+#include "cpu/simd_avx2.h"
+#include "cpu/whitened_topk_kernels.h"
 
 namespace rep_fast::avx2 {
 namespace {
@@ -123,27 +125,11 @@ void multiply(const float* keys, std::int64_t n_tiles, const float* panels, std:
     }
 }
 
-std::int64_t select(const float* scores, const float* margins, const float* thresholds, float key_norm, float underflow,
-                    std::int64_t n, std::int32_t* survivors) {
-    const __m256 norm = _mm256_set1_ps(key_norm);
-    const __m256 rest = _mm256_set1_ps(underflow);
-    std::int64_t count = 0;
-    for (std::int64_t q = 0; q < n; q += 8) {
-        const __m256 margin = _mm256_add_ps(_mm256_mul_ps(norm, _mm256_loadu_ps(margins + q)), rest);
-        const __m256 bound = _mm256_add_ps(_mm256_loadu_ps(scores + q), margin);
-        const __m256 alive = _mm256_cmp_ps(bound, _mm256_loadu_ps(thresholds + q), _CMP_NLT_UQ);
-        for (int mask = _mm256_movemask_ps(alive); mask != 0; mask &= mask - 1) {
-            survivors[count++] = static_cast<std::int32_t>(q) + __builtin_ctz(static_cast<unsigned>(mask));
-        }
-    }
-    return count;
-}
-
 }  // namespace
 
-constinit const WhitenedTopkKernels kWhitenedTopk = {.f32 = {widen<float>, exact_score<float>},
-                                                     .bf16 = {widen<BFloat16>, exact_score<BFloat16>},
-                                                     .f16 = {widen<Float16>, exact_score<Float16>},
-                                                     .float32 = {.multiply = multiply, .select = select}};
+constinit const WhitenedTopkKernels kWhitenedTopk = {.rows = {.f32 = {widen<float>, exact_score<float>},
+                                                              .bf16 = {widen<BFloat16>, exact_score<BFloat16>},
+                                                              .f16 = {widen<Float16>, exact_score<Float16>}},
+                                                     .float32 = {.multiply = multiply, .select = select_scores<Simd>}};
 
 }  // namespace rep_fast::avx2

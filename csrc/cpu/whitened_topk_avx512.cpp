@@ -5,7 +5,9 @@
 // 18 sums still cover the latency of both FMA ports. Internal linkage only, no standard library: see core/dispatch.h.
 #include <immintrin.h>
 
-#include "cpu/whitened_topk.h"
+#include "cpu/score_selection.h"
+#include "cpu/simd_avx512.h"
+#include "cpu/whitened_topk_kernels.h"
 
 namespace rep_fast::avx512 {
 namespace {
@@ -94,24 +96,8 @@ void multiply(const float* keys, std::int64_t n_tiles, const float* panels, std:
     }
 }
 
-std::int64_t select(const float* scores, const float* margins, const float* thresholds, float key_norm, float underflow,
-                    std::int64_t n, std::int32_t* survivors) {
-    const __m512 norm = _mm512_set1_ps(key_norm);
-    const __m512 rest = _mm512_set1_ps(underflow);
-    std::int64_t count = 0;
-    for (std::int64_t q = 0; q < n; q += 16) {
-        const __m512 margin = _mm512_add_ps(_mm512_mul_ps(norm, _mm512_loadu_ps(margins + q)), rest);
-        const __m512 bound = _mm512_add_ps(_mm512_loadu_ps(scores + q), margin);
-        unsigned alive = _mm512_cmp_ps_mask(bound, _mm512_loadu_ps(thresholds + q), _CMP_NLT_UQ);
-        for (; alive != 0; alive &= alive - 1) {
-            survivors[count++] = static_cast<std::int32_t>(q) + __builtin_ctz(alive);
-        }
-    }
-    return count;
-}
-
 }  // namespace
 
-constinit const Float32Products kFloat32Products = {.multiply = multiply, .select = select};
+constinit const Float32Products kFloat32Products = {.multiply = multiply, .select = select_scores<Simd>};
 
 }  // namespace rep_fast::avx512

@@ -6,7 +6,7 @@
 // Internal linkage only, no standard library: see core/dispatch.h.
 #include <immintrin.h>
 
-#include "cpu/whitened_topk.h"
+#include "cpu/whitened_topk_kernels.h"
 
 namespace rep_fast::avx512_bf16 {
 namespace {

@@ -2,7 +2,9 @@
 #include <array>
 #include <cstring>
 
-#include "cpu/whitened_topk.h"
+#include "cpu/score_selection.h"
+#include "cpu/simd_portable.h"
+#include "cpu/whitened_topk_kernels.h"
 
 namespace rep_fast::portable {
 namespace {
@@ -82,22 +84,11 @@ void multiply(const float* keys, std::int64_t n_tiles, const float* panels, std:
     }
 }
 
-std::int64_t select(const float* scores, const float* margins, const float* thresholds, float key_norm, float underflow,
-                    std::int64_t n, std::int32_t* survivors) {
-    std::int64_t count = 0;
-    for (std::int64_t q = 0; q < n; ++q) {
-        if (!(scores[q] + (key_norm * margins[q] + underflow) < thresholds[q])) {
-            survivors[count++] = static_cast<std::int32_t>(q);
-        }
-    }
-    return count;
-}
-
 }  // namespace
 
-constinit const WhitenedTopkKernels kWhitenedTopk = {.f32 = {widen<float>, exact_score<float>},
-                                                     .bf16 = {widen<BFloat16>, exact_score<BFloat16>},
-                                                     .f16 = {widen<Float16>, exact_score<Float16>},
-                                                     .float32 = {.multiply = multiply, .select = select}};
+constinit const WhitenedTopkKernels kWhitenedTopk = {.rows = {.f32 = {widen<float>, exact_score<float>},
+                                                              .bf16 = {widen<BFloat16>, exact_score<BFloat16>},
+                                                              .f16 = {widen<Float16>, exact_score<Float16>}},
+                                                     .float32 = {.multiply = multiply, .select = select_scores<Simd>}};
 
 }  // namespace rep_fast::portable

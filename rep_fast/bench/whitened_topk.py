@@ -15,6 +15,7 @@ from torch import Tensor
 from rep_fast.bench.cases import SCAN_CASES, ScanCase
 from rep_fast.bench.interleaved import Provider
 from rep_fast.ops import LastTokenExclusion, native, whitened_topk
+from rep_fast.ops.whitened_topk import PASSES
 
 CASES = SCAN_CASES
 _SEQUENCE = 256  # tokens per document
@@ -65,7 +66,7 @@ def _ours(inputs: Inputs) -> list[Provider]:
         return []
     found = []
     for name in native.levels(module):
-        passes = ["fp32"] if name != "avx512_bf16" else ["bf16", "auto"]
+        passes = ["fp32"] if name != "avx512_bf16" else ["bf16", "int8", "auto"]
         for precision in passes:
             dtype = _chosen_pass(inputs) if precision == "auto" else precision
             found.append(Provider(f"rep_fast {name} {precision}", dtype, _scan(inputs, precision), True, name))
@@ -73,9 +74,9 @@ def _ours(inputs: Inputs) -> list[Provider]:
 
 
 def _chosen_pass(inputs: Inputs) -> str:
-    """Whose ceiling "auto" is to be compared with: the choice on a few keys."""
-    few = whitened_topk(inputs.keys[:64], inputs.queries, 1)
-    return "bf16" if any(few.pass_counts[2:]) else "fp32"
+    """Whose ceiling "auto" is to be compared with: the pass that most of the keys go through."""
+    counts = whitened_topk(inputs.keys, inputs.queries, inputs.case.k, exclusion=inputs.exclusion).pass_counts
+    return PASSES[counts.index(max(counts))].removesuffix("x2")
 
 
 def _scan(inputs: Inputs, precision: str) -> Callable[[], Tensor]:

@@ -21,12 +21,13 @@ from rep_fast.ops.profile import recorded
 from rep_fast.reference import whitened_topk as reference
 
 # how pairs are ruled out, in the order of the native module's numbers
-PASSES = ("fp64", "fp32", "bf16", "bf16x2")
+PASSES = ("fp64", "fp32", "bf16", "bf16x2", "int8")
 PRECISIONS = ("auto", *PASSES)
 NONFINITE = ("raise", "exclude")
 _KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _STATE_TENSORS = ("counts", "dropped_queries", "exact_scores", "ids", "pass_counts")
-_BF16_BODY = "native-avx512_bf16"
+_DOT_BODY = "native-avx512_bf16"
+_LARGEST_INT8_WIDTH = 65536
 
 
 @dataclass(frozen=True)
@@ -262,10 +263,14 @@ def whitened_topk(
         first_id: id of row 0 of this block, >= 0; ids of blocks must not overlap.
         precision: the pass that rules pairs out; the hits are the same, at another cost. "fp64" scores every pair in
             float64, "fp32" multiplies in float32, "bf16" in bfloat16 with the queries rounded once, "bf16x2" with their
-            high and low halves (bfloat16 keys and AVX-512 BF16). "auto" takes the fastest on this processor whose
-            error bound, on a sample, is small beside the spread of the scores; `TopK.pass_counts` tells what ran.
+            high and low halves (bfloat16 keys and AVX-512 BF16), "int8" in integers, both sides rounded with a random
+            dither (AVX-512 VNNI). "auto" takes the fastest on this processor whose error bound, on a sample, lets
+            little more through than must be; int8 gives way to the next one when more than 2 % of the pairs come
+            through after all. `TopK.pass_counts` tells what ran.
         nonfinite: "raise", or "exclude" to leave out and count rows with a NaN or infinity.
-        delta, seed: failure probability and seed of a randomised pass; the passes offered here draw nothing.
+        delta: probability, over the draw of the int8 pass's dither, that its bound fails for any pair of a scan of up
+            to 2⁴⁰ keys; the other passes' bounds hold always.
+        seed: of the dither, in [0, 2⁶³). Keys must not be built from it.
     Returns:
         TopK: scores descending, ties by the lower id; score −∞ and id −1 where there are fewer than k hits.
     Raises:
@@ -274,7 +279,7 @@ def whitened_topk(
         BackendError: `REP_FAST_ISA` names no instruction set, or the pass asked for has no body for these keys here.
     Cost: one pass over `keys`, 2·N·S·M floating-point operations; memory O(S·(k + M)).
     """
-    _check_options(k, first_id, precision, nonfinite, delta)
+    _check_options(k, first_id, precision, nonfinite, delta, seed)
     _check_matrices(keys, queries)
     before = TopK.empty(queries.shape[0], k, device=queries.device) if state is None else state
     if exclusion is not None:
@@ -290,11 +295,17 @@ def whitened_topk(
     _check_pass(precision, keys, body)
     with recorded("whitened_topk", body, **work):
         scores, ids, dropped, counts = torch.ops.rep_fast.whitened_topk(
-            keys, queries, before.exact_scores, before.ids, first_id=first_id, precision=precision, **arguments
+            keys,
+            queries,
+            before.exact_scores,
+            before.ids,
+            first_id=first_id,
+            precision=precision,
+            delta=delta,
+            seed=seed,
+            **arguments,
         )
-    n_nonfinite, first_nonfinite, _, number = counts.tolist()
-    passes = [0] * len(PASSES)
-    passes[number] = keys.shape[0]
+    n_nonfinite, first_nonfinite, _, *passes = counts.tolist()
     if nonfinite == "raise":
         _check_finite(n_nonfinite, first_nonfinite, first_id, dropped)
     return TopK(
@@ -327,6 +338,8 @@ def _whitened_topk(
     indptr: Tensor | None,
     subjects: Tensor | None,
     precision: str,
+    delta: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Functional door over plain tensors: (scores, ids, dropped queries, counts of `_outputs`)."""
     rules: dict[str, Any] = {
@@ -339,7 +352,7 @@ def _whitened_topk(
         "subjects": subjects,
     }
     new_scores, new_ids, dropped, counts = _outputs(
-        keys, queries, scores, ids, first_id=first_id, precision=precision, **rules
+        keys, queries, scores, ids, first_id=first_id, precision=precision, delta=delta, seed=seed, **rules
     )
     chosen = choose_or_warn("whitened_topk", keys.device)
     if chosen.module is None:
@@ -353,10 +366,13 @@ def _whitened_topk(
         first_id=first_id,
         **{name: rule.contiguous() if isinstance(rule, Tensor) else rule for name, rule in rules.items()},
         precision=precision,
+        delta=delta,
+        seed=seed,
         level=chosen.level,
         n_threads=native.n_threads(),
     )
-    return new_scores, new_ids, dropped, counts.copy_(torch.tensor(report))
+    *found, pass_keys = report
+    return new_scores, new_ids, dropped, counts.copy_(torch.tensor([*found, *pass_keys]))
 
 
 @_whitened_topk.register_fake
@@ -374,11 +390,13 @@ def _outputs(
     indptr: Tensor | None,
     subjects: Tensor | None,
     precision: str,
+    delta: float,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checks and allocation, shared by the fake and the kernels.
 
-    Returns scores [S, k] float64, ids [S, k] int64, dropped queries [S] bool, and counts [4] int64: keys dropped, the
-    first of them (row number or −1), pairs scored in float64, number of the pass in PASSES.
+    Returns scores [S, k] float64, ids [S, k] int64, dropped queries [S] bool, and counts [3 + len(PASSES)] int64: keys
+    dropped, the first of them (row number or −1), pairs scored in float64, keys that each pass went over.
     """
     _check_matrices(keys, queries)
     if scores.dim() != 2 or scores.shape != ids.shape or scores.shape[0] != queries.shape[0]:
@@ -391,7 +409,7 @@ def _outputs(
         torch.empty(scores.shape, dtype=torch.float64, device=keys.device),
         torch.empty(ids.shape, dtype=torch.int64, device=keys.device),
         torch.empty(queries.shape[:1], dtype=torch.bool, device=keys.device),
-        torch.empty(4, dtype=torch.int64, device=keys.device),
+        torch.empty(3 + len(PASSES), dtype=torch.int64, device=keys.device),
     )
 
 
@@ -418,7 +436,7 @@ def _check_device(keys: Tensor, name: str, tensor: Tensor | None) -> None:
         raise HparamError(f"whitened_topk: keys are on {keys.device}, {name} on {tensor.device}")
 
 
-def _check_options(k: int, first_id: int, precision: str, nonfinite: str, delta: float) -> None:
+def _check_options(k: int, first_id: int, precision: str, nonfinite: str, delta: float, seed: int) -> None:
     if k < 1:
         raise HparamError(f"whitened_topk: k must be at least 1, got {k}")
     if first_id < 0:
@@ -429,12 +447,19 @@ def _check_options(k: int, first_id: int, precision: str, nonfinite: str, delta:
         raise HparamError(f"whitened_topk: nonfinite must be one of {', '.join(NONFINITE)}, got {nonfinite!r}")
     if not 0 < delta < 1:
         raise HparamError(f"whitened_topk: delta must lie between 0 and 1, got {delta}")
+    if not 0 <= seed < 2**63:
+        raise HparamError(f"whitened_topk: seed must lie in [0, 2**63), got {seed}")
 
 
 def _check_pass(precision: str, keys: Tensor, body: str) -> None:
-    if precision.startswith("bf16") and (keys.dtype != torch.bfloat16 or body != _BF16_BODY):
+    needs = ""
+    if precision.startswith("bf16") and (keys.dtype != torch.bfloat16 or body != _DOT_BODY):
+        needs = "bfloat16 keys and a processor with AVX-512 BF16"
+    if precision == "int8" and (keys.shape[1] > _LARGEST_INT8_WIDTH or body != _DOT_BODY):
+        needs = f"keys at most {_LARGEST_INT8_WIDTH} wide and a processor with AVX-512 BF16 and VNNI"
+    if needs:
         raise BackendError(
-            f"whitened_topk: precision {precision!r} needs bfloat16 keys and a processor with AVX-512 BF16, here are "
+            f"whitened_topk: precision {precision!r} needs {needs}, here are "
             f"{str(keys.dtype).removeprefix('torch.')} keys and body {body}; use precision='auto'"
         )
 

@@ -46,8 +46,8 @@ def whitened_topk(
     bad = torch.cat([*nonfinite_rows, torch.empty(0, dtype=torch.int64, device=keys.device)])
     first_bad = bad[:1] if bad.numel() else bad.new_full((1,), -1)
     n_rescored = bad.new_full((1,), keys.shape[0] * queries.shape[0])
-    every_pair = bad.new_zeros(1)  # the pass that runs here, by number
-    counts = torch.cat([bad.new_full((1,), bad.numel()), first_bad, n_rescored, every_pair])
+    pass_keys = bad.new_tensor([keys.shape[0], 0, 0, 0, 0])  # every pair in float64, the first of the passes
+    counts = torch.cat([bad.new_full((1,), bad.numel()), first_bad, n_rescored, pass_keys])
     return scores, ids, query_dropped, counts
 
 

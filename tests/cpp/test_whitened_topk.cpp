@@ -4,15 +4,20 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <random>
 #include <type_traits>
 #include <vector>
 
 #include "check.h"
 #include "core/error.h"
+#include "cpu/block_scan.h"
 #include "cpu/packed_queries.h"
 #include "cpu/pass_choice.h"
+#include "cpu/query_packings.h"
+#include "cpu/running_hits.h"
 #include "cpu/whitened_topk.h"
+#include "cpu/whitened_topk_kernels.h"
 #include "tests.h"
 
 namespace rep_fast::tests {
@@ -83,12 +88,17 @@ void expect_is_top(const State& state, const MatrixView<const T>& keys, const Ma
     }
 }
 
+// "auto" and every pass that runs here by name.
 template <class T>
-std::vector<ScanPrecision> precisions(CpuLevel level) {
-    std::vector<ScanPrecision> found = {ScanPrecision::kAuto, ScanPrecision::kFloat32, ScanPrecision::kFloat64};
-    if (std::is_same_v<T, BFloat16> && level == CpuLevel::kAvx512Bf16) {
-        found.insert(found.end(), {ScanPrecision::kBf16, ScanPrecision::kBf16Twice});
+std::vector<std::optional<ScanPass>> passes(CpuLevel level) {
+    std::vector<std::optional<ScanPass>> found = {std::nullopt};
+    for (std::size_t pass = 0; pass < kScanPassNames.size(); ++pass) {
+        const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), level).kernels;
+        if (has_pass(kernels, static_cast<ScanPass>(pass), MatrixView<const T>{nullptr, 1, 1, 1})) {
+            found.emplace_back(static_cast<ScanPass>(pass));
+        }
     }
+    EXPECT(level != CpuLevel::kAvx512Bf16 || found.size() == (std::is_same_v<T, BFloat16> ? 6 : 4));
     return found;
 }
 
@@ -100,9 +110,9 @@ void test_shape(std::int64_t n_keys, std::int64_t n_queries, std::int64_t key_di
     const auto queries = random_numbers<float>(n_queries * key_dim, generator);
     const MatrixView<const T> key_view{keys.data(), n_keys, key_dim, key_dim + padding};
     ScanInput input{.keys = key_view, .queries = {queries.data(), n_queries, key_dim, key_dim}};
-    for (const auto precision : precisions<T>(level)) {
+    for (const auto pass : passes<T>(level)) {
         for (const int n_threads : {1, 3}) {
-            input.precision = precision;
+            input.pass = pass;
             State state(n_queries, k);
             const ScanReport report = whitened_topk(input, state.view, level, n_threads);
             EXPECT(report.n_nonfinite_keys == 0 && report.first_nonfinite_key == -1);
@@ -149,8 +159,8 @@ void test_hostile_numbers(CpuLevel level) {
         }
         const MatrixView<const BFloat16> view{keys.data(), kKeys, kDim, kDim};
         ScanInput input{.keys = view, .queries = {queries.data(), kQueries, kDim, kDim}};
-        for (const auto precision : precisions<BFloat16>(level)) {
-            input.precision = precision;
+        for (const auto pass : passes<BFloat16>(level)) {
+            input.pass = pass;
             State state(kQueries, 9);
             whitened_topk(input, state.view, level, 2);
             expect_is_top(state, view, input.queries);
@@ -169,8 +179,8 @@ void test_halves_that_overflow(CpuLevel level) {
     }
     const MatrixView<const BFloat16> view{keys.data(), 40, 6, 6};
     ScanInput input{.keys = view, .queries = {queries.data(), 2, 6, 6}};
-    for (const auto precision : precisions<BFloat16>(level)) {
-        input.precision = precision;
+    for (const auto pass : passes<BFloat16>(level)) {
+        input.pass = pass;
         State state(2, 4);
         whitened_topk(input, state.view, level, 1);
         expect_is_top(state, view, input.queries);
@@ -186,7 +196,7 @@ std::vector<float> fast_scores(const PackedQueries& packed, MatrixView<const BFl
         const std::int64_t n = std::min(kBlockDepth, keys.cols - depth);
         if (packed.pass() == ScanPass::kFloat32) {
             for (std::int64_t row = 0; row < keys.rows; ++row) {
-                kernels.bf16.widen(keys.row(row) + depth, n, widened.data() + row * kWidenedStride);
+                kernels.rows.bf16.widen(keys.row(row) + depth, n, widened.data() + row * kWidenedStride);
             }
             kernels.float32.multiply(widened.data(), 1, packed.panel(0, depth), 1, packed.panel_stride(), n,
                                      scores.data(), kPanelQueries, depth == 0);
@@ -226,10 +236,11 @@ void expect_margins_hold(const std::vector<BFloat16>& keys, const std::vector<fl
                 const auto key = static_cast<double>(to_float(key_view.row(row)[j]));
                 square += key * key;
             }
+            float bounds[kPanelQueries];
             std::int32_t survivors[kPanelQueries];
             const std::int64_t n_survivors =
                 kernels.float32.select(scores.data() + row * kPanelQueries, packed.margins(), thresholds.data(),
-                                       packed.key_norm(square), packed.underflow(), kPanelQueries, survivors);
+                                       packed.key_norm(square), packed.underflow(), kPanelQueries, bounds, survivors);
             for (std::int32_t query = 0; query < query_view.rows; ++query) {
                 EXPECT(std::find(survivors, survivors + n_survivors, query) != survivors + n_survivors);
             }
@@ -294,32 +305,43 @@ void test_margins(CpuLevel level) {
     }
 }
 
+// With a state whose k-th best of one score is `kth` for every query.
 ScanPass chosen_pass(const std::vector<BFloat16>& keys, const std::vector<float>& queries, std::int64_t key_dim,
-                     CpuLevel level, double (*gain)()) {
+                     CpuLevel level, ProductRates (*rates)(), double kth = kNone) {
     const ScanInput input{.keys = MatrixView<const BFloat16>{keys.data(), std::ssize(keys) / key_dim, key_dim, key_dim},
                           .queries = {queries.data(), std::ssize(queries) / key_dim, key_dim, key_dim}};
-    return choose_pass(input, at_level(whitened_topk_table(), level).kernels, gain);
+    State state(input.queries.rows, 1);
+    std::fill(state.scores.begin(), state.scores.end(), kth);
+    QueryPackings packings(input.queries);
+    return choose_pass(input, state.view, at_level(whitened_topk_table(), level).kernels, packings, rates).first;
 }
 
 // The margin beside the spread of the scores decides, among the passes that lead float32 clearly: independent
 // coordinates need one product, queries blind to the keys' main direction need two, and where the scores hardly differ
-// beside ‖k‖‖w‖, or are flushed, float32 it is.
+// beside ‖k‖‖w‖, or are flushed, float32 it is. int8 serves where the k-th best stands far out.
 void test_choice_of_the_pass(CpuLevel level) {
     constexpr std::int64_t kDim = 256;
     std::mt19937 generator(13);
     auto keys = random_numbers<BFloat16>(100 * kDim, generator);
     auto queries = random_numbers<float>(8 * kDim, generator);
-    const auto twice_and_half = [] { return 2.5; };
-    const auto expect = [&](ScanPass wanted, double (*gain)()) {
-        const ScanPass found = chosen_pass(keys, queries, kDim, level, gain);
+    const auto twice_and_half = [] { return ProductRates{1.0, 2.5, 0.0}; };
+    const auto with_int8 = [] { return ProductRates{1.0, 0.5, 10.0}; };
+    const auto expect = [&](ScanPass wanted, ProductRates (*rates)(), double kth = kNone) {
+        const ScanPass found = chosen_pass(keys, queries, kDim, level, rates, kth);
         EXPECT(found == (level == CpuLevel::kAvx512Bf16 ? wanted : ScanPass::kFloat32));
     };
     expect(ScanPass::kBf16, twice_and_half);
-    expect(ScanPass::kBf16, [] { return 1.2; });
-    expect(ScanPass::kFloat32, [] { return 1.05; });
+    expect(ScanPass::kBf16, [] { return ProductRates{1.0, 1.2, 0.0}; });
+    expect(ScanPass::kFloat32, [] { return ProductRates{1.0, 1.05, 0.0}; });
+    expect(ScanPass::kInt8, with_int8, 80.0);  // the scores' deviation is 16
+    expect(ScanPass::kFloat32, with_int8, 20.0);
+    expect(ScanPass::kFloat32, with_int8);  // the first of 100 keys: 2.3 deviations
+    expect(
+        ScanPass::kFloat32, [] { return ProductRates{1.0, 0.5, 8.0}; }, 80.0);  // quantising 8 queries' keys costs more
     keys[3].bits = 0x7fc0;  // a row and a query that `nonfinite` may leave out do not decide
     queries[3] = std::numeric_limits<float>::infinity();
     expect(ScanPass::kBf16, twice_and_half);
+    expect(ScanPass::kInt8, with_int8, 80.0);
     keys[3].bits = 0;
     queries[3] = 0.0f;
     auto tiny_keys = keys;
@@ -334,12 +356,55 @@ void test_choice_of_the_pass(CpuLevel level) {
         queries[query * kDim] = 0.0f;
     }
     expect(ScanPass::kBf16Twice, twice_and_half);
-    expect(ScanPass::kFloat32, [] { return 2.0; });
+    expect(ScanPass::kFloat32, [] { return ProductRates{1.0, 2.0, 0.0}; });
     for (std::size_t row = 0; row < 100; ++row) {
         keys[row * kDim].bits = 0x4b98;  // 2e7
     }
     expect(ScanPass::kFloat32, twice_and_half);
-    EXPECT((bf16_gain() > 0.0) == (machine_cpu_level() == CpuLevel::kAvx512Bf16));
+    const ProductRates rates = product_rates();
+    const bool has_dots = machine_cpu_level() == CpuLevel::kAvx512Bf16;
+    EXPECT(rates.float32 > 0.0 && (rates.bf16 > 0.0) == has_dots && (rates.int8 > 0.0) == has_dots);
+}
+
+// Scores so close together that the int8 pass rules hardly any pair out: it gives way, and no hit is lost.
+void test_int8_gives_way(CpuLevel level) {
+    const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), level).kernels;
+    if (kernels.int8_products == nullptr) {
+        return;
+    }
+    constexpr std::int64_t kKeys = 2000, kQueries = 9, kDim = 70;
+    std::mt19937 generator(17);
+    auto keys = random_numbers<BFloat16>(kKeys * kDim, generator);
+    const auto queries = random_numbers<float>(kQueries * kDim, generator);
+    const ScanInput spread{.keys = MatrixView<const BFloat16>{keys.data(), kKeys, kDim, kDim},
+                           .queries = {queries.data(), kQueries, kDim, kDim}};
+    const auto int8_keys = [&](double kth) {
+        State state(kQueries, 3);
+        std::fill(state.scores.begin(), state.scores.end(), kth);
+        std::fill(state.ids.begin(), state.ids.end(), 1'000'000);
+        RunningHits hits(state.view, kPanelQueries);
+        QueryPackings packings(spread.queries);
+        BlockScan scan(spread, std::get<MatrixView<const BFloat16>>(spread.keys), packings,
+                       {ScanPass::kInt8, ScanPass::kFloat32}, kernels, 1);
+        ScanWorker worker(hits, kPanelQueries);
+        for (std::int64_t block = 0; block < scan.n_blocks(); ++block) {
+            scan.block(block, worker);
+        }
+        const auto& passes_ran = worker.report.pass_keys;
+        EXPECT(passes_ran[static_cast<std::size_t>(ScanPass::kInt8)] +
+                   passes_ran[static_cast<std::size_t>(ScanPass::kFloat32)] ==
+               kKeys);
+        if (kth == kNone) {
+            merge_hits({&hits, 1}, state.view);
+            expect_is_top(state, std::get<MatrixView<const BFloat16>>(spread.keys), spread.queries);
+        }
+        return passes_ran[static_cast<std::size_t>(ScanPass::kInt8)];
+    };
+    EXPECT(int8_keys(40.0) == kKeys);
+    for (std::int64_t i = 0; i < kKeys; ++i) {  // one more direction, large and the same for all
+        keys[static_cast<std::size_t>(i * kDim)] = truncated(1e4f);
+    }
+    EXPECT(int8_keys(kNone) == kBlockKeys);
 }
 
 template <class T>
@@ -351,8 +416,8 @@ void test_nonfinite(T infinity, T nan, CpuLevel level) {
     keys[123 * 20] = nan;
     queries[25] = std::numeric_limits<float>::quiet_NaN();
     ScanInput input{.keys = MatrixView<const T>{keys.data(), 300, 20, 20}, .queries = {queries.data(), 3, 20, 20}};
-    for (const auto precision : precisions<T>(level)) {
-        input.precision = precision;
+    for (const auto pass : passes<T>(level)) {
+        input.pass = pass;
         State state(3, 300);
         const ScanReport report = whitened_topk(input, state.view, level, 2);
         EXPECT(report.n_nonfinite_keys == 2 && report.first_nonfinite_key == 123);
@@ -368,7 +433,7 @@ void test_refuses_a_pass_that_is_not_there(CpuLevel level) {
     State state(2, 1);
     const ScanInput input{.keys = MatrixView<const BFloat16>{keys.data(), 4, 3, 3},
                           .queries = {queries.data(), 2, 3, 3},
-                          .precision = ScanPrecision::kBf16};
+                          .pass = ScanPass::kBf16};
     try {
         whitened_topk(input, state.view, level, 1);
         EXPECT(level == CpuLevel::kAvx512Bf16);
@@ -420,6 +485,7 @@ void test_whitened_topk(CpuLevel level) {
     test_halves_that_overflow(level);
     test_margins(level);
     test_choice_of_the_pass(level);
+    test_int8_gives_way(level);
     test_survivors_are_few(level);
     test_nonfinite(std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN(), level);
     test_nonfinite(BFloat16{0xff80}, BFloat16{0x7fc1}, level);

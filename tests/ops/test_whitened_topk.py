@@ -36,7 +36,7 @@ def bodies() -> list[str]:
     if module is None:
         return ["reference"]
     levels = [module.level_name(row) for row in range(module.machine_level() + 1)]
-    passes = [f"avx512_bf16 {name}" for name in ("bf16", "bf16x2") if "avx512_bf16" in levels]
+    passes = [f"avx512_bf16 {name}" for name in ("bf16", "bf16x2", "int8") if "avx512_bf16" in levels]
     return [*levels, *passes, "reference"]
 
 
@@ -135,7 +135,7 @@ def test_every_level_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     results = []
     for name in ("portable", "avx2", "avx512", "avx512_bf16"):
         monkeypatch.setenv("REP_FAST_ISA", name)
-        passes = ("fp32", "fp64", *(("bf16", "bf16x2") if has_bf16_products() else ()))
+        passes = ("fp32", "fp64", *(("bf16", "bf16x2", "int8") if has_bf16_products() else ()))
         results += [whitened_topk(keys, queries, 8, precision=precision) for precision in passes]
     assert all(same_bits(results[0], other) for other in results[1:])
 
@@ -149,7 +149,7 @@ def test_the_pass_that_ran_is_told(level: str) -> None:
     result = whitened_topk(keys, queries, 5)
     told = dict(zip(PASSES, result.pass_counts, strict=True))
     # by measured speed of the two products, where there are both
-    possible = {"fp64"} if level == "reference" else {"bf16", "bf16x2", "fp32"} if has_bf16_products() else {"fp32"}
+    possible = {"fp64"} if level == "reference" else set(PASSES[1:]) if has_bf16_products() else {"fp32"}
     assert sum(told.values()) == 300 == sum(told[name] for name in possible)
     second = whitened_topk(keys, queries, 5, precision="fp64", state=result, first_id=300)
     assert second.pass_counts[0] >= 300
@@ -169,13 +169,21 @@ def test_a_pass_that_is_not_there_is_refused_by_name(level: str, precision: str)
             whitened_topk(keys.bfloat16(), queries, 2, precision=precision)
 
 
+def test_int8_is_refused_where_it_cannot_run(level: str) -> None:
+    width = 65537 if has_bf16_products() else 20
+    with pytest.raises(
+        errors.BackendError, match="precision 'int8' needs keys at most 65536 wide and a processor with"
+    ):
+        whitened_topk(torch.zeros(2, width), torch.zeros(1, width), 2, precision="int8")
+
+
 @pytest.mark.parametrize("condition", [1e2, 1e6, 1e8])
-@pytest.mark.parametrize("precision", ["auto", "bf16", "bf16x2", "fp32"])
+@pytest.mark.parametrize("precision", ["auto", "bf16", "bf16x2", "int8", "fp32"])
 @pytest.mark.parametrize("seed", range(3))
 def test_ill_conditioned_keys_lose_no_hit(condition: float, precision: str, seed: int) -> None:
     """Keys of a wide spectrum against whitened queries, where a plain bfloat16 product loses part of the top ten."""
-    if precision.startswith("bf16") and not has_bf16_products():
-        pytest.skip("needs AVX-512 BF16")
+    if precision in ("bf16", "bf16x2", "int8") and not has_bf16_products():
+        pytest.skip("needs AVX-512 BF16 and VNNI")
     generator = torch.Generator().manual_seed(seed)
     width = 192
     basis = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64)).Q
@@ -495,9 +503,10 @@ STARTS = torch.tensor([0])
         ({"keys": KEYS[:3].T}, r"columns of keys must be contiguous, got stride 3; call .contiguous\(\)"),
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"first_id": -1}, "first_id must be at least 0, got -1"),
-        ({"precision": "tf32"}, "precision must be one of auto, fp64, fp32, bf16, bf16x2, got 'tf32'"),
+        ({"precision": "tf32"}, "precision must be one of auto, fp64, fp32, bf16, bf16x2, int8, got 'tf32'"),
         ({"nonfinite": "skip"}, "nonfinite must be one of raise, exclude, got 'skip'"),
         ({"delta": 0.0}, "delta must lie between 0 and 1, got 0.0"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\*\*63\), got -1"),
         ({"state": TopK.empty(2, 3)}, "the state keeps k=3 hits, asked for k=2"),
         ({"state": TopK.empty(5, 2)}, r"the state is \(5, 2\), but there are 2 queries"),
         ({"queries": QUERIES.to("meta")}, "keys are on cpu, queries on meta"),
@@ -550,7 +559,7 @@ def test_passes_opcheck(level: str, with_rule: bool) -> None:
     rule = LastTokenExclusion(torch.arange(20), STARTS, torch.arange(4)).arguments() if with_rule else {}
     names = ("token_ids", "sequence_starts", "last_tokens", "lookback", "window", "indptr", "subjects")
     rest = [rule.get(name, 0 if name == "window" else None) for name in names]
-    arguments = (keys, queries, state.exact_scores, state.ids, 0, *rest, "fp32")
+    arguments = (keys, queries, state.exact_scores, state.ids, 0, *rest, "fp32", 1e-9, 0)
     torch.library.opcheck(torch.ops.rep_fast.whitened_topk.default, arguments)
 
 
