@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import logging
@@ -54,7 +55,8 @@ def test_the_original_begins_at_the_end_of_text(build_lm: Any, tmp_path: Path, m
     context_templates(lm, style="rome-original", cache_dir=tmp_path)
     end = lm.tokenizer.eos_token_id
     assert begun == [[end, 4]] * 10 + [[end, 9]] * 10
-    monkeypatch.setattr(lm.tokenizer, "eos_token", None)
+    lm.tokenizer = copy.deepcopy(lm.tokenizer)  # the fixture's own is shared
+    lm.tokenizer.eos_token = None
     with pytest.raises(HparamError, match="no end-of-text token to begin with; use style 'rome'"):
         context_templates(lm, style="rome-original", cache_dir=tmp_path, seed=1)
 
