@@ -126,8 +126,8 @@ class Workbench:
         return from_flat_mapping(RepHparams, {"objective": name, **values}, where=f"rep (preset {self.preset.name})")
 
     def layers(self, method: str) -> tuple[int, ...]:
-        """The layers a method edits, ascending."""
-        return tuple(self.hparams(method).layers)
+        """The layers a method edits, ascending; () in its settings stands for all."""
+        return tuple(self.hparams(method).layers) or tuple(range(self.lm.n_layers))
 
     def layer(self, method: str) -> int:
         """The layer a method edits, the last one where it edits several."""

@@ -210,6 +210,17 @@ def test_batch_methods_take_several_facts_and_layers(tiny_llama: EditableLM, tmp
         api.Workbench(tiny_llama, text=TEXT, layer=1).edit([CASE, OTHER])
 
 
+def test_path_editing_takes_all_layers_and_needs_no_text(
+    tiny_llama: EditableLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = api.Workbench(tiny_llama, overrides={"pac_epochs": 1})
+    monkeypatch.setattr(bench, "moments", lambda layers: pytest.fail("path editing has no second moments"))
+    assert bench.layers("pac") == (0, 1, 2)
+    assert bench.layer("pac") == 2
+    bench.prepare(["pac"], rep=[None])
+    assert bench.edit([FACT], method="pac").layers == (0, 1, 2)
+
+
 def test_steps_hand_past_keys_on(tiny_llama: EditableLM, tmp_path: Path) -> None:
     """A stacking regime gives each step the edits that stand; methods with a memory take their keys."""
     changes = {"v_steps": 2, "early_stop": None, "mom2_update_weight": 5.0}
