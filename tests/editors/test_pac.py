@@ -112,7 +112,7 @@ def check_equal(edit: Edit, expected: dict[Place, torch.Tensor]) -> None:
     for module in edit.modules:
         assert isinstance(module.delta, Slices)
         wanted = expected[module.place]
-        assert float((module.delta.to_dense() - wanted).abs().max()) <= 1e-7 * float(wanted.abs().max())
+        assert float((module.delta.to_dense() - wanted).abs().max()) <= 1e-9 * float(wanted.abs().max())
 
 
 @pytest.mark.parametrize("adam_state", ["slices", "dense_parity"])
