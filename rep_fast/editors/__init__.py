@@ -11,6 +11,7 @@ from rep_fast.editors.door import Editor, get, names
 from rep_fast.editors.emmet import EmmetHparams, emmet
 from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
 from rep_fast.editors.knowledge_neurons import KnowledgeNeuronsHparams, knowledge_neurons
+from rep_fast.editors.lora import LoraHparams, lora
 from rep_fast.editors.memit import MemitHparams, memit
 from rep_fast.editors.pac import PacHparams, pac
 from rep_fast.editors.pmet import PmetHparams, pmet
@@ -26,6 +27,7 @@ __all__ = [
     "EmmetHparams",
     "FineTuningHparams",
     "KnowledgeNeuronsHparams",
+    "LoraHparams",
     "MemitHparams",
     "OptimisedValue",
     "PacHparams",
@@ -38,6 +40,7 @@ __all__ = [
     "fine_tune",
     "get",
     "knowledge_neurons",
+    "lora",
     "memit",
     "names",
     "optimise_value",

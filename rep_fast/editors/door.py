@@ -12,6 +12,7 @@ from rep_fast.editors.corpus_moments import factor_moments
 from rep_fast.editors.emmet import EmmetHparams, emmet
 from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
 from rep_fast.editors.knowledge_neurons import KnowledgeNeuronsHparams, knowledge_neurons
+from rep_fast.editors.lora import LoraHparams, lora
 from rep_fast.editors.memit import MemitHparams, memit
 from rep_fast.editors.pac import PacHparams, pac
 from rep_fast.editors.pmet import PmetHparams, pmet
@@ -119,6 +120,7 @@ _EDITORS = {
         Editor("rome", RomeHparams, rome),
         Editor("r-rome", RomeHparams, rome),
         *(Editor(name, FineTuningHparams, fine_tune, frozenset(), is_batch=True) for name in FINE_TUNING),
+        Editor("lora", LoraHparams, lora, frozenset({"seed"}), is_batch=True),
         Editor("kn", KnowledgeNeuronsHparams, knowledge_neurons, frozenset({"templates"})),
         Editor("pac", PacHparams, pac, frozenset({"seed"}), is_batch=True),
         Editor("memit", MemitHparams, memit, takes=_MOMENTS_AND_STATE, is_batch=True),

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rep_fast.editors.target_loss import Objective, TargetLoss
 from rep_fast.edits import Dense, Edit, ModuleEdit
 from rep_fast.errors import HparamError, NothingToEditError
 from rep_fast.facts import Fact
-from rep_fast.models import Answer, EditableLM, Site, SuffixState
+from rep_fast.models import EditableLM, Site, SuffixState
 from rep_fast.presets import flat_mapping
 
 # below it a batch is left alone, and training ends when the mean of a pass over all facts is
@@ -37,7 +37,7 @@ class FineTuningHparams:
     """
 
     layers: tuple[int, ...]
-    ft_objective: Literal["prompt_last", "target_new"] = "prompt_last"
+    ft_objective: Objective = "prompt_last"
     ft_steps: int = 25
     ft_lr: float = 5e-4
     ft_batch: int = 1
@@ -58,17 +58,12 @@ class FineTuningHparams:
 class _Chunk:
     """Facts that are updated together, and what of their forward pass does not depend on ΔW.
 
-    keys: [n, T, M] of the lowest edited layer. at: positions whose logits are read, per fact. rows, target_ids: which
-    of these logits scores which token; weights: share of each score in the loss.
+    keys: [n, T, M] of the lowest edited layer.
     """
 
-    n_facts: int
+    target: TargetLoss
     state: SuffixState
     keys: Tensor
-    at: tuple[tuple[int, ...], ...]
-    rows: Tensor
-    target_ids: Tensor
-    weights: Tensor
 
 
 def fine_tune(lm: EditableLM, facts: Sequence[Fact], *, hparams: FineTuningHparams, method: str = "ft-l") -> Edit:
@@ -115,41 +110,17 @@ def fine_tune(lm: EditableLM, facts: Sequence[Fact], *, hparams: FineTuningHpara
 
 
 def _chunk(lm: EditableLM, facts: Sequence[Fact], hparams: FineTuningHparams, dtype: torch.dtype) -> _Chunk:
-    answers = [lm.answer(fact.text, fact.target_new, mode=hparams.target_tok) for fact in facts]
-    at = tuple(_read_at(answer, hparams) for answer in answers)
-    ids = [answer.prompt_ids if hparams.ft_objective == "prompt_last" else answer.input_ids for answer in answers]
+    target = TargetLoss.of(lm, facts, objective=hparams.ft_objective, target_tok=hparams.target_tok)
     lowest = min(hparams.layers)
     site = Site("key", lowest)
     with lm.capture([site]) as seen:
-        state = lm.suffix_state(lm.encode(ids), lowest, [0] * len(facts))
-    rows, weights, first = [], [], 0
-    for answer, positions in zip(answers, at, strict=True):
-        n_targets = len(answer.target_ids)
-        # one read position scores all tokens, or each token has its own
-        rows += [first] * n_targets if len(positions) == 1 else list(range(first, first + n_targets))
-        weights += [1 / (n_targets * len(facts))] * n_targets
-        first += len(positions)
-    device = state.hidden.device
-    return _Chunk(
-        n_facts=len(facts),
-        state=state,
-        keys=seen[site].to(dtype),
-        at=at,
-        rows=torch.tensor(rows, device=device),
-        target_ids=torch.tensor([token for answer in answers for token in answer.target_ids], device=device),
-        weights=torch.tensor(weights, dtype=dtype, device=device),
-    )
-
-
-def _read_at(answer: Answer, hparams: FineTuningHparams) -> tuple[int, ...]:
-    return (len(answer.prompt_ids) - 1,) if hparams.ft_objective == "prompt_last" else answer.positions
+        state = lm.suffix_state(lm.encode(target.inputs), lowest, [0] * len(facts))
+    return _Chunk(target, state, seen[site].to(dtype))
 
 
 def _loss(lm: EditableLM, chunk: _Chunk, lowest_change: Tensor) -> Tensor:
-    """Mean over facts of the mean negative log-probability of their target tokens."""
     hidden = chunk.state.hidden + (chunk.keys @ lowest_change.T).to(chunk.state.hidden)
-    log_p = lm.resume(chunk.state, hidden, at=chunk.at).to(chunk.weights.dtype).log_softmax(dim=-1)
-    return -(chunk.weights * log_p[chunk.rows, chunk.target_ids]).sum()
+    return chunk.target(lm.resume(chunk.state, hidden, at=chunk.target.at))
 
 
 def _train(
@@ -165,7 +136,7 @@ def _train(
         for chunk in chunks:
             loss = _loss(lm, chunk, changes[min(changes)])
             value = float(loss.detach())
-            total += value * chunk.n_facts
+            total += value * chunk.target.n_facts
             if value < LOSS_FLOOR:
                 continue
             for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
@@ -176,7 +147,7 @@ def _train(
                 with torch.no_grad():
                     for leaf in leaves:
                         leaf.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
-        losses.append(total / sum(chunk.n_facts for chunk in chunks))
+        losses.append(total / sum(chunk.target.n_facts for chunk in chunks))
         if losses[-1] < LOSS_FLOOR:
             break
     return losses, updates

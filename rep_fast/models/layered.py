@@ -104,6 +104,14 @@ class LayeredModel:
             raise LayerError(_not_linear(module, path, layer))
         return module
 
+    def linear_name(self, layer: int, name: str) -> str:
+        """Path of a linear module inside the Hugging Face model, "model.layers.5.mlp.down_proj".
+
+        Raises:
+            LayerError: no such layer or name.
+        """
+        return f"{self.layout.layers}.{self.check_layer(layer)}.{self._linear_path(name)}"
+
     def linear_shape(self, layer: int, name: str) -> tuple[int, int]:
         """(outputs, inputs) of a linear module, whatever its weight is stored as."""
         module = self.linear(layer, name)
