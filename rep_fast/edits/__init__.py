@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from rep_fast.edits.accumulate import accumulate
 from rep_fast.edits.applying import AppliedEdit, active_composition
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.dense import Dense
 from rep_fast.edits.edit import Edit, ModuleEdit
 from rep_fast.edits.key_adapter import KeyAdapter
 from rep_fast.edits.low_rank import LowRank
+from rep_fast.edits.prune import prune
+from rep_fast.edits.rect import rect
 from rep_fast.edits.slices import Slices
 from rep_fast.edits.stack import EditStack
 
@@ -21,5 +24,8 @@ __all__ = [
     "LowRank",
     "ModuleEdit",
     "Slices",
+    "accumulate",
     "active_composition",
+    "prune",
+    "rect",
 ]
