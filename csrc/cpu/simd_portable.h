@@ -12,8 +12,6 @@ namespace {
 struct Simd {
     // under-aligned: rows may start anywhere
     typedef float Vector __attribute__((vector_size(16), aligned(4)));
-    using Element = float;
-    using Factor = Vector;
     static constexpr int kLanes = 4;
     // register tiles, see dot_block.h and panel_product.h: 8 accumulators of 16 registers
     static constexpr int kDotTokens = 4;
@@ -33,7 +31,6 @@ struct Simd {
     }
     [[gnu::always_inline]] static inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
     [[gnu::always_inline]] static inline Vector add(Vector a, Vector b) { return a + b; }
-    [[gnu::always_inline]] static inline Vector subtract(Vector a, Vector b) { return a - b; }
     [[gnu::always_inline]] static inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
     [[gnu::always_inline]] static inline Vector absolute(Vector a) { return a < 0.0f ? -a : a; }
     // bit i: NOT a[i] < b[i]
@@ -45,26 +42,6 @@ struct Simd {
         return bits;
     }
     [[gnu::always_inline]] static inline float sum(Vector a) { return (a[0] + a[2]) + (a[1] + a[3]); }
-};
-
-// The same in float64, half as many lanes.
-struct Simd64 {
-    typedef double Vector __attribute__((vector_size(16), aligned(8)));
-    using Element = double;
-    static constexpr int kLanes = 2;
-    static constexpr int kPanelRows = 4;
-    static constexpr int kPanelVectors = 2;
-
-    [[gnu::always_inline]] static inline Vector zero() { return Vector{}; }
-    [[gnu::always_inline]] static inline Vector load(const double* from) {
-        return *reinterpret_cast<const Vector*>(from);
-    }
-    [[gnu::always_inline]] static inline Vector broadcast(const double* from) { return Vector{*from, *from}; }
-    [[gnu::always_inline]] static inline void store(double* to, Vector value) {
-        *reinterpret_cast<Vector*>(to) = value;
-    }
-    [[gnu::always_inline]] static inline Vector subtract(Vector a, Vector b) { return a - b; }
-    [[gnu::always_inline]] static inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 };
 
 }  // namespace

@@ -39,7 +39,7 @@ from rep_fast.cli.options import (
 )
 from rep_fast.cli.screen import Screen, opened
 from rep_fast.cli.writable import check_file
-from rep_fast.errors import RecordError
+from rep_fast.errors import HparamError, RecordError
 
 if TYPE_CHECKING:
     from rep_fast.edits import Edit
@@ -69,6 +69,10 @@ def edit(
         Path | None,
         typer.Option("--save", metavar="FILE", help="Keep the edit (safetensors); missing directories are made."),
     ] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option("--export-peft", metavar="DIR", help="Also write a LoRA adapter that peft loads; not with --rep."),
+    ] = None,
     text: TextOption = None,
     moments: MomentsOption = None,
     layers: LayersOption = None,
@@ -85,6 +89,10 @@ def edit(
     with opened(as_json=as_json, debug=debug) as screen:
         if save is not None:
             check_file(save, "--save")
+        if export is not None:
+            check_file(export / "adapter_config.json", "--export-peft")
+            if rep or rep_objective is not None:
+                raise HparamError("a LoRA adapter cannot hold REP's key adapters; leave --rep or --export-peft out")
         from rep_fast.facts import Fact
 
         watch = Stopwatch()
@@ -105,13 +113,18 @@ def edit(
         made = edits[f"{method}+rep" if objective is not None else method]
         if save is not None:
             made.save(save)
+        if export is not None:
+            made.export_peft(export, lm)
         answered = _ask(lm, fact, names, edits, seed)
         watch.lap("answers")
         rep_report = None if objective is None else _rep_report(made, names)
         _show(screen, answered, rep_report)
         if save is not None:
             screen.show(f"saved to {save}; rep_fast.Edit.load({str(save)!r}).apply(lm) brings it back")
-        screen.answer(_as_json(model, method, made, answered, rep_report, save, watch, screen))
+        if export is not None:
+            screen.show(f"exported to {export}; peft.PeftModel.from_pretrained(model, {str(export)!r}) loads it")
+        found = _as_json(model, method, made, answered, rep_report, save, watch, screen)
+        screen.answer({**found, "exported": None if export is None else str(export)})
 
 
 def read_rephrases(path: Path, subject: str) -> list[str]:

@@ -142,6 +142,34 @@ class Edit:
 
         return replace(self, modules=tuple(replace(module, adapters=adapters_of(module)) for module in self.modules))
 
+    def merge_into(self, lm: EditableLM) -> None:
+        """Write the edit into the model's weights for good, so that `lm.save_pretrained` stores it.
+
+        The model is another one afterwards: its fingerprint changes, and edits and moments made before no longer fit.
+
+        Raises:
+            HparamError: edits are active, or this one carries key adapters. FingerprintError: it was made for another
+                model. LayerError: it does not fit the model, or the weight is quantised.
+        """
+        from rep_fast.edits.merging import merge_into
+
+        merge_into(self, lm)
+
+    def export_peft(self, directory: str | Path, lm: EditableLM, *, without_adapters: bool = False) -> None:
+        """Write the edit as a LoRA adapter that `peft.PeftModel.from_pretrained` loads: same logits, scale 1.
+
+        Args:
+            directory: for `adapter_config.json` and `adapter_model.safetensors`, in float32; made where missing.
+            lm: the model, whose modules the files name.
+            without_adapters: leave key adapters out, which no LoRA adapter can hold.
+        Raises:
+            HparamError: the edit carries key adapters, or changes no weight. LayerError: a dense delta.
+            FingerprintError: it was made for another model. OutputError: the files cannot be written.
+        """
+        from rep_fast.edits.export import export_peft
+
+        export_peft(self, directory, lm, without_adapters=without_adapters)
+
     def save(self, path: str | Path) -> None:
         """Store the edit as one safetensors file, whole or not at all.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rep_fast.edits.delta import check_finite_rows
+from rep_fast.edits.low_rank import LowRank
 from rep_fast.errors import LayerError
 
 Axis = Literal["outputs", "inputs"]
@@ -99,6 +100,12 @@ class Slices:
         """[outputs, inputs]."""
         dense = self.values.new_zeros(self.shape)
         return dense.index_copy(0 if self.axis == "outputs" else 1, self.index, self.values)
+
+    def to_low_rank(self) -> LowRank:
+        """The same matrix as a product, exactly: as many ranks as slices."""
+        units = torch.zeros(len(self.index), self.size, dtype=self.values.dtype, device=self.values.device)
+        units[torch.arange(len(self.index)), self.index] = 1
+        return LowRank(units.T, self.values) if self.axis == "outputs" else LowRank(self.values, units)
 
     def parts(self) -> dict[str, Tensor]:
         """Tensors by name, for a file."""

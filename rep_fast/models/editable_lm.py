@@ -135,6 +135,10 @@ class EditableLM(LayeredModel):
             self._fingerprint = fingerprints.fingerprint(self.model, self.config, self.tokenizer)
         return self._fingerprint
 
+    def forget_fingerprint(self) -> None:
+        """The weights were changed for good: the fingerprint is taken anew when next asked for."""
+        self._fingerprint = None
+
     # --- text and tokens -----------------------------------------------------------------------------------------
 
     def encode(

@@ -23,6 +23,25 @@ def test_prints_one_json_object_and_saves_the_edit(rep_fast, tiny_model, corpus,
     assert Edit.load(saved).facts[0].target_new == "Antarctica"
 
 
+def test_exports_a_lora_adapter(rep_fast, tiny_model, corpus, fact, settings, tmp_path):
+    place = tmp_path / "made" / "adapter"
+    asked = ["edit", "--model", tiny_model, *fact, "--text", corpus, *settings, "--export-peft", place]
+    done = rep_fast(*asked, "--json")
+    assert done.code == 0, done.err
+    assert done.json["exported"] == str(place)
+    assert sorted(path.name for path in place.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    with_rep = rep_fast(*asked, "--rep")
+    assert with_rep.code == 1
+    assert "leave --rep or --export-peft out" in with_rep.err
+
+
+def test_fine_tuning_needs_no_moments(rep_fast, tiny_model, fact):
+    options = ["--method", "ft-m", "--layers", "1", "--set", "ft_steps=2", "--json"]
+    done = rep_fast("edit", "--model", tiny_model, *fact, *options)
+    assert done.code == 0, done.err
+    assert done.json["method"] == "ft-m"
+
+
 def test_says_what_rep_was_trained_on(rep_fast, tiny_model, corpus, fact, settings, tmp_path):
     bare = rep_fast("edit", "--model", tiny_model, *fact, "--text", corpus, *settings, "--rep")
     assert bare.code == 0, bare.err
