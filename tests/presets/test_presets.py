@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rep_fast import editors
+from rep_fast import editors, factworld
 from rep_fast.editors import RomeHparams, ValueHparams
 from rep_fast.errors import HparamError
 from rep_fast.evaluation import Protocol
@@ -26,6 +26,11 @@ def test_every_preset_makes_every_method() -> None:
         for objective in ("calibrated", "paper"):
             from_flat_mapping(RepHparams, preset.section(f"rep-{objective}"), where=name)
         from_flat_mapping(Protocol, preset.section("evaluation"), where=name)
+
+
+@pytest.mark.parametrize("method", editors.names())
+def test_every_method_has_layers_of_the_embedded_model(method: str) -> None:
+    editors.get(method).hparams(factworld.load(), preset="factworld")
 
 
 def test_default_values_are_the_papers() -> None:
