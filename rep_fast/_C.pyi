@@ -32,16 +32,51 @@ def whitened_topk(
 def accumulate_moment(keys: Tensor, total: Tensor, level: int, n_threads: int) -> None: ...
 def abs_product_sum(a: Tensor, b: Tensor, sums: Tensor, level: int, n_threads: int) -> None: ...
 def dot_products(keys: Tensor, weights: Tensor, products: Tensor, level: int, n_threads: int) -> None: ...
-def gate_logits(
+def gate_forward(
     keys: Tensor,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
     b2: float,
-    threshold: float,
+    logits: Tensor,
+    hidden: Tensor,
+    level: int,
+    n_threads: int,
+) -> None: ...
+def calibrated_step(
+    rows: Tensor,
+    entering: Tensor,
+    response: Tensor,
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    response_target: float,
+    response_weight: float,
+    shift_weight: float,
+    consistency: float,
+    negative_weight: float,
+    level: int,
+    n_threads: int,
+) -> float: ...
+def gate_gradient(
+    keys: Tensor,
+    hidden: Tensor,
+    w2: Tensor,
+    d_logits: Tensor,
+    d_w1: Tensor,
+    d_b1: Tensor,
+    d_w2: Tensor,
+    d_hidden: Tensor,
+    level: int,
+    n_threads: int,
+) -> None: ...
+def gate_logits(
+    keys: Tensor,
+    weights: list[Tensor],
+    thresholds: list[float],
     logits: Tensor,
     level: int,
     n_threads: int,
-) -> tuple[int, int]: ...
+    products: int = 0,
+) -> tuple[bool, int]: ...
 def product_rate(product: int, level: int, n_threads: int, seconds: float) -> float: ...
 def transfer_rate(transfer: int, n_bytes: int, n_threads: int, seconds: float) -> float: ...

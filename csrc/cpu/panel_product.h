@@ -62,14 +62,14 @@ struct PanelTile {
     }
 };
 
-// tile[48][48] (+)= Aᵀ B of two packed panels; `first` overwrites.
+// tile[48][48] (+)= Aᵀ B of two packed panels; `first` overwrites. Of the rows at least the first n_rows are made.
 template <class V>
 [[gnu::always_inline]] inline void panel_product(const float* a, const float* b, std::int64_t depth, float* tile,
-                                                 bool first) {
+                                                 bool first, std::int64_t n_rows = kPanel) {
     constexpr std::int64_t kCols = V::kPanelVectors * V::kLanes;
     static_assert(kPanel % V::kPanelRows == 0 && kPanel % kCols == 0, "register tiles must divide the panel");
     for (std::int64_t q0 = 0; q0 < kPanel; q0 += kCols) {
-        for (std::int64_t p0 = 0; p0 < kPanel; p0 += V::kPanelRows) {
+        for (std::int64_t p0 = 0; p0 < n_rows; p0 += V::kPanelRows) {
             float* const out = tile + p0 * kPanel + q0;
             PanelTile<V> registers;
             registers.clear();

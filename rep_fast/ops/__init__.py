@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from rep_fast.ops.accumulate_moment import MomentSum, accumulate_moment
 from rep_fast.ops.backend import backend
+from rep_fast.ops.gate_gradient import GateGradient, gate_forward, gate_gradient
 from rep_fast.ops.gated_adapter import AdapterWeights, gate_logits, gated_adapter
 from rep_fast.ops.kbest_paths import kbest_paths
 from rep_fast.ops.packed_scores import PackedScores, packed_scores
@@ -17,6 +18,7 @@ from rep_fast.ops.whitened_topk import LastTokenExclusion, PairExclusion, TopK, 
 __all__ = [
     "AdapterWeights",
     "Call",
+    "GateGradient",
     "LastTokenExclusion",
     "MomentSum",
     "PackedScores",
@@ -26,6 +28,8 @@ __all__ = [
     "TopK",
     "accumulate_moment",
     "backend",
+    "gate_forward",
+    "gate_gradient",
     "gate_logits",
     "gated_adapter",
     "kbest_paths",

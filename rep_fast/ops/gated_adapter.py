@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn.functional import gelu, linear
 from rep_fast.errors import HparamError, NonFiniteError
 from rep_fast.ops import native
 from rep_fast.ops.backend import Backend, choose_or_warn
+from rep_fast.ops.changed_rows import ChangedRows
+from rep_fast.ops.gate_gradient import gate_forward
 from rep_fast.ops.profile import recorded
 
 COMPOSITIONS = ("chain", "argmax", "sum")
@@ -106,7 +109,7 @@ def gate_logits(keys: Tensor, adapter: AdapterWeights) -> Tensor:
     _check(keys, [adapter])
     dtype = _compute_dtype(keys, adapter)
     if torch.is_grad_enabled() and (keys.requires_grad or any(tensor.requires_grad for tensor in adapter)):
-        return _logits(keys.to(dtype), adapter, dtype)
+        return _recorded_logits(keys.to(dtype), adapter, dtype)
     return torch.ops.rep_fast.gate_logits(keys, list(adapter))
 
 
@@ -162,6 +165,11 @@ def _logits(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Tensor
     return gelu(hidden) @ adapter.w2.to(dtype) + adapter.b2.to(dtype)
 
 
+def _recorded_logits(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Tensor:
+    """The same for training, with a gradient."""
+    return gate_forward(keys, *(part.to(dtype) for part in adapter[2:]))[0]
+
+
 def _projected(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Tensor:
     return linear(linear(keys.to(dtype), adapter.a.to(dtype)), adapter.b.to(dtype))
 
@@ -169,7 +177,7 @@ def _projected(keys: Tensor, adapter: AdapterWeights, dtype: torch.dtype) -> Ten
 def _soft(keys: Tensor, adapter: AdapterWeights) -> Tensor:
     dtype = _compute_dtype(keys, adapter)
     wide = keys.to(dtype)
-    opening = torch.sigmoid(_logits(wide, adapter, dtype)).unsqueeze(1)  # [T, 1]
+    opening = torch.sigmoid(_recorded_logits(wide, adapter, dtype)).unsqueeze(1)  # [T, 1]
     return (wide + opening * _projected(wide, adapter, dtype)).to(keys.dtype)
 
 
@@ -192,44 +200,112 @@ def _forward(
     flops = sum(2 * keys.shape[0] * adapter.w1.numel() for adapter in adapters)
     traffic = 2 * keys.nbytes + sum(adapter.w1.nbytes for adapter in adapters)
     with recorded(_NAME, chosen.name, flops=flops, bytes=traffic):
-        if compose == "chain":
-            return _chain(keys, adapters, thresholds, chosen)
-        ranked = compose == "argmax"
-        gates = [
-            _gate(keys, adapter, bound, chosen, ranked=ranked)
-            for adapter, bound in zip(adapters, thresholds, strict=True)
-        ]
-        opened = torch.stack([gate.opened for gate in gates])
-        if ranked:
-            logits = torch.stack([gate.logits for gate in gates])
-            confident = torch.where(opened, logits, -math.inf).argmax(0)  # first of equals
-            opened &= torch.arange(len(adapters), device=keys.device).unsqueeze(1) == confident
-        return _add_projections(keys, adapters, opened, chosen), opened
+        gates = _Gates.of(keys, adapters, thresholds, chosen, ranked=compose == "argmax")
+        if compose == "argmax":
+            confident = torch.where(gates.opened, gates.logits, -math.inf).argmax(0)  # first of equals
+            gates.opened &= torch.arange(len(adapters), device=keys.device).unsqueeze(1) == confident
+        changed = ChangedRows(keys, _widest(keys, adapters))
+        if gates.any_open:
+            _add_open(keys, adapters, thresholds, gates, changed, chosen, chained=compose == "chain")
+        gates.check_finite()
+        return changed.merged(), gates.opened
+
+
+def _add_open(
+    keys: Tensor,
+    adapters: Sequence[AdapterWeights],
+    thresholds: Sequence[float],
+    gates: _Gates,
+    changed: ChangedRows,
+    chosen: Backend,
+    *,
+    chained: bool,
+) -> None:
+    """Add each adapter's projection to the rows where its gate is open.
+
+    Chained adapters see a row as it is by then, so the gates after one that fired decide again for its rows.
+    """
+    for number, adapter in enumerate(adapters):
+        rows = gates.opened[number].nonzero().squeeze(1)
+        if not rows.numel():
+            continue
+        source = changed.current(rows) if chained else keys[rows]
+        changed.add(rows, _moved(source, adapter, _compute_dtype(keys, adapter), chosen))
+        if chained and number + 1 < len(adapters):
+            later = slice(number + 1, None)
+            gates.renew(later, rows, changed.current(rows), adapters[later], thresholds[later], chosen)
 
 
 def _body(keys: Tensor, adapters: Sequence[AdapterWeights]) -> Backend:
-    if any(_compute_dtype(keys, adapter) == torch.float64 for adapter in adapters):
+    if _widest(keys, adapters) == torch.float64:
         return Backend("reference", "float64 arithmetic is torch's")
     return choose_or_warn(_NAME, keys.device)
 
 
-class _Gate(NamedTuple):
-    logits: Tensor  # [T]
-    opened: Tensor  # [T] bool
+def _widest(keys: Tensor, adapters: Sequence[AdapterWeights]) -> torch.dtype:
+    wide = any(_compute_dtype(keys, adapter) == torch.float64 for adapter in adapters)
+    return torch.float64 if wide else torch.float32
+
+
+@dataclass
+class _Gates:
+    """Decisions of all hard gates: logits [E, T] (0 where a threshold of ±∞ needs none), opened [E, T] bool.
+
+    any_open: false where surely no gate is open; on a GPU it is always true, reading it would wait for the device.
+    all_finite: likewise false on a GPU.
+    """
+
+    logits: Tensor
+    opened: Tensor
     any_open: bool
+    all_finite: bool
 
+    @classmethod
+    def of(
+        cls,
+        keys: Tensor,
+        adapters: Sequence[AdapterWeights],
+        thresholds: Sequence[float],
+        chosen: Backend,
+        *,
+        ranked: bool = False,
+    ) -> _Gates:
+        """All gates on the same keys; `ranked` gates need their logits even where they are always open."""
+        bounds = [_rounded(value, _compute_dtype(keys, a)) for value, a in zip(thresholds, adapters, strict=True)]
+        asked = [i for i, value in enumerate(bounds) if math.isfinite(value) or (ranked and value < 0)]
+        found, all_finite, n_open = _run_gates(keys, [adapters[i] for i in asked], [bounds[i] for i in asked], chosen)
+        logits = found
+        if len(asked) < len(adapters):
+            logits = found.new_zeros(len(adapters), keys.shape[0])
+            logits[asked] = found
+            n_open += sum(value < 0 for value in bounds)
+        opened = logits > torch.tensor(bounds, dtype=logits.dtype, device=logits.device).unsqueeze(1)
+        return cls(logits, opened, n_open > 0, all_finite)
 
-def _gate(keys: Tensor, adapter: AdapterWeights, threshold: float, chosen: Backend, *, ranked: bool = False) -> _Gate:
-    """Decisions of one hard gate; a threshold of ±∞ needs no logits, unless open gates are `ranked` by them."""
-    dtype = _compute_dtype(keys, adapter)
-    if threshold == math.inf or (threshold == -math.inf and not ranked):
-        logits = torch.zeros(keys.shape[0], dtype=dtype, device=keys.device)
-        return _Gate(logits, logits > threshold, threshold < 0)
-    bound = _rounded(threshold, dtype)
-    logits, bad, n_open = _run_gate(keys, adapter, bound, chosen)
-    if bad >= 0:
-        raise NonFiniteError(f"gated_adapter: the gate logit of row {bad} is {float(logits[bad])}; check the keys")
-    return _Gate(logits, logits > bound, n_open > 0)
+    def renew(
+        self,
+        later: slice,
+        rows: Tensor,
+        keys: Tensor,
+        adapters: Sequence[AdapterWeights],
+        thresholds: Sequence[float],
+        chosen: Backend,
+    ) -> None:
+        """The gates `later` decide again for `rows`, whose keys were changed."""
+        again = _Gates.of(keys, adapters, thresholds, chosen)
+        self.logits[later, rows] = again.logits
+        self.opened[later, rows] = again.opened
+        self.all_finite &= again.all_finite
+
+    def check_finite(self) -> None:
+        """Raises NonFiniteError (CPU) with the first row of a logit that counted and is not finite."""
+        if self.all_finite or self.logits.device.type != "cpu":
+            return
+        bad = (~torch.isfinite(self.logits)).nonzero()
+        if bad.numel():
+            gate, row = bad[0].tolist()
+            value = float(self.logits[gate, row])
+            raise NonFiniteError(f"gated_adapter: the gate logit of row {row} is {value}; check the keys")
 
 
 def _rounded(threshold: float, dtype: torch.dtype) -> float:
@@ -237,32 +313,33 @@ def _rounded(threshold: float, dtype: torch.dtype) -> float:
     return threshold if dtype == torch.float64 else struct.unpack("f", struct.pack("f", threshold))[0]
 
 
-def _run_gate(keys: Tensor, adapter: AdapterWeights, bound: float, chosen: Backend) -> tuple[Tensor, int, int]:
-    """Logits [T], the first row where they are not finite or −1, and how many lie above `bound`.
-
-    On a GPU the row is always −1 and every gate may be open: reading either would wait for the device.
-    """
+def _run_gates(
+    keys: Tensor, adapters: Sequence[AdapterWeights], bounds: Sequence[float], chosen: Backend
+) -> tuple[Tensor, bool, int]:
+    """Logits [E, T], whether all are finite, and how many lie above their bound (on a GPU: false, and all)."""
     if chosen.module is None:
-        dtype = _compute_dtype(keys, adapter)
-        tiles = [_logits(tile.to(dtype), adapter, dtype) for tile in keys.split(_TILE_TOKENS)]
-        logits = torch.cat(tiles) if tiles else keys.new_empty(0, dtype=dtype)
+        logits = _plain_logits(keys, adapters)
         if keys.device.type != "cpu":
-            return logits, -1, keys.shape[0]
-        bad = (~torch.isfinite(logits)).nonzero()
-        return logits, int(bad[0]) if bad.numel() else -1, int((logits > bound).sum())
-    logits = torch.empty(keys.shape[0])
-    bad_row, n_open = chosen.module.gate_logits(
-        _dense_rows(keys),
-        _dense_rows(adapter.w1),
-        adapter.b1.float().contiguous(),
-        adapter.w2.float().contiguous(),
-        float(adapter.b2),
-        bound,
-        logits,
-        chosen.level,
-        native.n_threads(),
+            return logits, False, logits.numel()
+        above = logits > torch.tensor(bounds, dtype=logits.dtype).unsqueeze(1)
+        return logits, bool(torch.isfinite(logits).all()), int(above.sum())
+    logits = torch.empty(len(adapters), keys.shape[0])
+    weights = []
+    for adapter in adapters:
+        weights += [_dense_rows(adapter.w1), *(part.float().contiguous() for part in adapter[3:])]
+    all_finite, n_open = chosen.module.gate_logits(
+        _dense_rows(keys), weights, bounds, logits, chosen.level, native.n_threads()
     )
-    return logits, bad_row, n_open
+    return logits, all_finite, n_open
+
+
+def _plain_logits(keys: Tensor, adapters: Sequence[AdapterWeights]) -> Tensor:
+    logits = keys.new_empty(len(adapters), keys.shape[0], dtype=_widest(keys, adapters))
+    for row, adapter in zip(logits, adapters, strict=True):
+        dtype = _compute_dtype(keys, adapter)
+        for tile, out in zip(keys.split(_TILE_TOKENS), row.split(_TILE_TOKENS), strict=True):
+            out.copy_(_logits(tile.to(dtype), adapter, dtype))
+    return logits
 
 
 def _dense_rows(matrix: Tensor) -> Tensor:
@@ -280,55 +357,6 @@ def _moved(rows: Tensor, adapter: AdapterWeights, dtype: torch.dtype, chosen: Ba
     return outer
 
 
-def _chain(
-    keys: Tensor, adapters: Sequence[AdapterWeights], thresholds: Sequence[float], chosen: Backend
-) -> tuple[Tensor, Tensor]:
-    current, masks = keys, []
-    for adapter, bound in zip(adapters, thresholds, strict=True):
-        gate = _gate(current, adapter, bound, chosen)
-        masks.append(gate.opened)
-        if gate.any_open:
-            current = _add_open(keys, current, current, adapter, gate.opened, chosen)
-    opened = torch.stack(masks)
-    return _narrowed(keys, current, opened), opened
-
-
-def _add_projections(keys: Tensor, adapters: Sequence[AdapterWeights], opened: Tensor, chosen: Backend) -> Tensor:
-    current = keys
-    for number, adapter in enumerate(adapters):
-        current = _add_open(keys, current, keys, adapter, opened[number], chosen)
-    return _narrowed(keys, current, opened)
-
-
-def _add_open(
-    keys: Tensor, current: Tensor, source: Tensor, adapter: AdapterWeights, opened: Tensor, chosen: Backend
-) -> Tensor:
-    """`current` with the projections of `source` added in the open rows.
-
-    Changed keys stay float32 (or wider) until the end, so that several adapters round once.
-    """
-    rows = opened.nonzero().squeeze(1)
-    if not rows.numel():
-        return current
-    moved = _moved(source[rows], adapter, _compute_dtype(keys, adapter), chosen)
-    if current is keys:
-        current = keys.to(torch.promote_types(moved.dtype, keys.dtype), copy=True)
-    elif current.dtype != moved.dtype:
-        current = current.to(torch.promote_types(moved.dtype, current.dtype))
-    current[rows] += moved.to(current.dtype)
-    return current
-
-
-def _narrowed(keys: Tensor, current: Tensor, opened: Tensor) -> Tensor:
-    """`keys` with the changed rows rounded to the keys' dtype; shut rows keep their bits, NaN payloads included."""
-    adapted = keys.clone(memory_format=torch.contiguous_format)
-    if current is keys:
-        return adapted
-    rows = opened.any(0).nonzero().squeeze(1)
-    adapted[rows] = current[rows].to(keys.dtype)
-    return adapted
-
-
 def _fake(keys: Tensor, weights: Sequence[Tensor], thresholds: Sequence[float], compose: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(keys, memory_format=torch.contiguous_format), keys.new_empty(
         (len(thresholds), keys.shape[0]), dtype=torch.bool
@@ -336,8 +364,8 @@ def _fake(keys: Tensor, weights: Sequence[Tensor], thresholds: Sequence[float], 
 
 
 def _forward_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    (adapter,) = _unflatten(weights)
-    return _run_gate(keys, adapter, math.inf, _body(keys, [adapter]))[0]
+    adapters = _unflatten(weights)
+    return _run_gates(keys, adapters, [math.inf], _body(keys, adapters))[0][0]
 
 
 def _fake_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ int main(int argc, char** argv) {
         tests::test_whitened_topk(static_cast<CpuLevel>(level));
         tests::test_dither(static_cast<CpuLevel>(level));
         tests::test_ceilings(static_cast<CpuLevel>(level));
+        tests::test_gated_adapter(static_cast<CpuLevel>(level));
         std::printf("%s: passed\n", cpu_level_name(static_cast<CpuLevel>(level)));
     }
     return 0;

@@ -9,5 +9,6 @@ void test_core();
 void test_whitened_topk(CpuLevel level);
 void test_dither(CpuLevel level);
 void test_ceilings(CpuLevel level);
+void test_gated_adapter(CpuLevel level);
 
 }  // namespace rep_fast::tests
