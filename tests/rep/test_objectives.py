@@ -131,6 +131,32 @@ def test_the_written_out_gradient_is_that_of_the_definition(n_negatives: int, pr
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("s", "n", "width", "rank"), [(1, 1, 1, 1), (7, 5, 33, 3), (42, 192, 512, 32), (50, 3, 97, 49)]
+)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_the_native_step_is_the_written_out_one(
+    monkeypatch: pytest.MonkeyPatch, isa: str, s: int, n: int, width: int, rank: int
+) -> None:
+    """float32 against float64: chains of width, s + n and rank additions through two layers."""
+    monkeypatch.setenv("REP_FAST_ISA", isa)
+    hparams = RepHparams(
+        consistency=2.0, response_target=1.2, response_weight=1.5, shift_weight=0.3, negative_weight=0.7
+    )
+    hidden = max(1, width // 10)
+    shapes = ((rank, width), (width, rank), (hidden, width), (hidden,), (hidden,), (1,))
+    weights = AdapterWeights(*(normal(*shape, seed=i) * shape[-1] ** -0.5 for i, shape in enumerate(shapes)))
+    keys, negatives, entering = normal(s + 1, width, seed=7), normal(n, width, seed=8), normal(s + 1, width, seed=9)
+    response = normal(width, seed=10) * width**-0.5
+    arguments = (AdapterWeights(*(part.float() for part in weights)), keys.float(), negatives.float(), response.float())
+    narrow = calibrated_step(*arguments, hparams, entering=entering.float())
+    wide = calibrated_step(weights, keys, negatives, response, hparams, entering=entering)
+    bound = 4 * 2.0**-24 * (width + s + n + rank)
+    assert float(narrow[0]) == pytest.approx(float(wide[0]), rel=bound)
+    for found, wanted in zip(narrow[1], wide[1], strict=True):
+        assert float((found.double() - wanted).norm()) <= bound * float(wanted.norm()) + 1e-7
+
+
 def test_a_protecting_adapter_leaves_a_span_alone() -> None:
     """B A k = 0 for every k of the span and any B, while other keys still move."""
     weights, protected, keys = random_weights(), normal(3, M, seed=7), normal(N, M)
