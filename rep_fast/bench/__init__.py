@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from rep_fast.bench import whitened_topk
-from rep_fast.bench.cases import ScanCase
+from rep_fast.bench import gated_adapter, whitened_topk
+from rep_fast.bench.cases import GateCase, ScanCase
 from rep_fast.bench.ceilings import Ceilings
 from rep_fast.bench.interleaved import Provider, Row, measure, write_csv
 from rep_fast.bench.machine import about_this_machine
 
 # op → module with CASES and providers(case)
-OPS = {"whitened_topk": whitened_topk}
+OPS = {"gated_adapter": gated_adapter, "whitened_topk": whitened_topk}
 
-__all__ = ["OPS", "Ceilings", "Provider", "Row", "ScanCase", "about_this_machine", "measure", "write_csv"]
+__all__ = ["OPS", "Ceilings", "GateCase", "Provider", "Row", "ScanCase", "about_this_machine", "measure", "write_csv"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from rep_fast.bench import ScanCase, whitened_topk
+from rep_fast.bench import GateCase, ScanCase, gated_adapter, whitened_topk
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(whitened_topk, "CASES", (ScanCase("small", 200, 5, 32), ScanCase("other", 100, 3, 16)))
+    monkeypatch.setattr(gated_adapter, "CASES", (GateCase("gates", 5, 40, 6, n_adapters=3, n_calls=2),))
 
 
 def test_ceilings_are_the_default(rep_fast):
@@ -32,6 +33,16 @@ def test_rows_beside_the_peers(rep_fast, tmp_path):
     shown = rep_fast("bench", "whitened_topk", "--rounds", "1").out
     assert "small" in shown
     assert "other" in shown
+
+
+def test_gates_beside_the_eager_module(rep_fast):
+    done = rep_fast("bench", "gated_adapter", "--rounds", "1", "--json")
+    assert done.code == 0, done.err
+    rows = done.json["rows"]
+    assert {row["case"] for row in rows} == {"gates"}
+    assert {row["provider"] for row in rows} > {"torch eager fp32", "torch eager bf16"}
+    assert all(row["exact"] for row in rows)
+    assert all(row["gops"] > 0 for row in rows)
 
 
 def test_unknown_names_are_refused(rep_fast):
