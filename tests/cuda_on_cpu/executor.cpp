@@ -77,6 +77,8 @@ struct Block {
     std::vector<std::unique_ptr<Fiber>>* fibers = nullptr;
     std::size_t n_threads = 0;
     std::vector<std::vector<unsigned char>> warp_slots;  // per warp, what its lanes have put down
+    std::array<bool, 2> votes{};                         // of block_any: one is filled while the other is read
+    std::size_t open_vote = 0;
     ucontext_t scheduler{};
     Fiber* current = nullptr;
 };
@@ -118,7 +120,7 @@ Fiber& fiber_at(const Block& block, std::size_t number) {
 }
 
 // Lets go of a barrier that everybody has reached. Returns whether there was one.
-bool release_block_barrier(const Block& block) {
+bool release_block_barrier(Block& block) {
     bool is_anybody_waiting = false;
     for (std::size_t n = 0; n < block.n_threads; ++n) {
         const State state = fiber_at(block, n).state;
@@ -131,6 +133,8 @@ bool release_block_barrier(const Block& block) {
         Fiber& fiber = fiber_at(block, n);
         fiber.state = fiber.state == State::kDone ? State::kDone : State::kReady;
     }
+    block.open_vote = 1 - block.open_vote;
+    block.votes[block.open_vote] = false;
     return is_anybody_waiting;
 }
 
@@ -298,7 +302,8 @@ void run_grid(const std::string& name, Dim3 grid, Dim3 block_shape, std::size_t 
     for (const std::size_t n : order) {
         block.index = Dim3(static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
                            static_cast<unsigned>(n / (std::size_t{grid.x} * grid.y)));
-        std::memset(shared.begin(), 0xff, shared.size());  // a NaN in every floating type
+        // ones are a NaN in every floating type, which hides where a NaN is harmless: zeros then show it
+        std::memset(shared.begin(), random_order() % 2 == 0 ? 0xff : 0, shared.size());
         run_block(block);
     }
 }
@@ -324,6 +329,14 @@ void* shared_memory() {
 
 void block_barrier() {
     wait_in(State::kAtBlockBarrier);
+}
+
+bool block_any(bool predicate) {
+    Block& block = here();
+    const std::size_t vote = block.open_vote;
+    block.votes[vote] |= predicate;
+    block_barrier();
+    return block.votes[vote];
 }
 
 void warp_barrier(unsigned mask) {

@@ -4,7 +4,7 @@
 // What it makes visible:
 //   * the order in which threads run between two barriers is drawn from a seed, so a missing __syncthreads() or
 //     __syncwarp() reads what is not written yet;
-//   * shared memory is filled with NaN before each block and ends at an unreadable page;
+//   * shared memory is filled with NaN or with zeros before each block and ends at an unreadable page;
 //   * asynchronous copies land at their wait, not before;
 //   * a barrier that somebody never reaches, or a warp operation whose mask names a lane that does not come, ends the
 //     run with a sentence instead of hanging.
@@ -55,6 +55,8 @@ void* shared_memory();
 
 // All threads of the block that have not returned.
 void block_barrier();
+// The same, and tells everybody whether the predicate held for anybody.
+bool block_any(bool predicate);
 // The lanes of this warp named in mask, which must name the caller.
 void warp_barrier(unsigned mask);
 

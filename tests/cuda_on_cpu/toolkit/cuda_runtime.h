@@ -29,6 +29,9 @@ inline constexpr cudaError_t cudaSuccess = 0;
 inline void __syncthreads() {
     cuda_on_cpu::block_barrier();
 }
+inline int __syncthreads_or(int predicate) {
+    return cuda_on_cpu::block_any(predicate != 0) ? 1 : 0;
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
     cuda_on_cpu::warp_barrier(mask);
 }

@@ -1,0 +1,312 @@
+// Selection of hits from approximate scores, against brute force: whatever the approximation does inside its bound, the
+// hits are those of the exact scores.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "cuda/whitened_topk.h"
+#include "executor.h"
+#include "tests.h"
+
+namespace {
+
+using rep_fast::BFloat16;
+using rep_fast::DType;
+using rep_fast::to_float;
+namespace cuda = rep_fast::cuda;
+
+#define EXPECT(condition)                                                                \
+    do {                                                                                 \
+        if (!(condition)) {                                                              \
+            std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+            std::exit(EXIT_FAILURE);                                                     \
+        }                                                                                \
+    } while (false)
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+struct Hit {
+    double score;
+    std::int64_t id;
+    bool operator==(const Hit&) const = default;
+};
+
+bool is_better(const Hit& a, const Hit& b) {
+    return a.score > b.score || (a.score == b.score && a.id < b.id);
+}
+
+// A scan whose keys are small whole numbers, so that every float64 sum is exact in any order and equal scores abound.
+struct Scan {
+    std::int64_t n_keys, n_queries, key_dim, k, stride;
+    std::vector<BFloat16> keys;
+    std::vector<float> queries;
+    std::vector<std::int64_t> tokens, starts{0}, last_tokens, lookback;
+    std::int64_t window = 3;
+    std::mt19937 random;
+
+    Scan(std::int64_t keys_, std::int64_t queries_, std::int64_t dim, std::int64_t k_, unsigned seed)
+        : n_keys(keys_), n_queries(queries_), key_dim(dim), k(k_), stride(dim + 3), random(seed) {
+        std::uniform_int_distribution<int> small(-4, 4), token(0, 20);
+        keys.assign(static_cast<std::size_t>(n_keys * stride), BFloat16{0x7fc0});  // padding is NaN
+        for (std::int64_t i = 0; i < n_keys; ++i) {
+            for (std::int64_t j = 0; j < dim; ++j) {
+                const auto value = static_cast<float>(small(random));
+                keys[static_cast<std::size_t>(i * stride + j)] = {
+                    static_cast<std::uint16_t>(__builtin_bit_cast(std::uint32_t, value) >> 16)};
+            }
+            tokens.push_back(token(random));
+            if (i > 0 && i % 37 == 0) {
+                starts.push_back(i);
+            }
+        }
+        for (std::int64_t i = 0; i < n_queries * dim; ++i) {
+            queries.push_back(static_cast<float>(small(random)));
+        }
+        for (std::int64_t i = 0; i < n_queries; ++i) {
+            last_tokens.push_back(token(random));
+        }
+        lookback = {token(random), token(random)};
+    }
+
+    double exact(std::int64_t query, std::int64_t row) const {
+        double sum = 0.0;
+        for (std::int64_t j = 0; j < key_dim; ++j) {
+            sum += static_cast<double>(to_float(keys[static_cast<std::size_t>(row * stride + j)])) *
+                   static_cast<double>(queries[static_cast<std::size_t>(query * key_dim + j)]);
+        }
+        return sum;
+    }
+
+    bool is_excluded(std::int64_t query, std::int64_t row) const {
+        for (std::int64_t back = 0; back <= window; ++back) {
+            const std::int64_t position = row - back;
+            const auto n_lookback = static_cast<std::int64_t>(lookback.size());
+            if (position < -n_lookback) {
+                return false;
+            }
+            const std::int64_t here = position >= 0 ? tokens[static_cast<std::size_t>(position)]
+                                                    : lookback[static_cast<std::size_t>(n_lookback + position)];
+            if (here == last_tokens[static_cast<std::size_t>(query)]) {
+                return true;
+            }
+            if (position >= 0 && std::ranges::find(starts, position) != starts.end() && position != 0) {
+                return false;  // what lies before is another sequence
+            }
+        }
+        return false;
+    }
+
+    std::vector<Hit> brute_force(std::int64_t query, bool with_rule, const std::vector<bool>& is_finite) const {
+        std::vector<Hit> all;
+        for (std::int64_t row = 0; row < n_keys; ++row) {
+            if (is_finite[static_cast<std::size_t>(row)] && !(with_rule && is_excluded(query, row))) {
+                all.push_back({exact(query, row), 1000 + row});
+            }
+        }
+        std::sort(all.begin(), all.end(), is_better);
+        all.resize(static_cast<std::size_t>(k), {-kInfinity, -1});
+        return all;
+    }
+};
+
+struct Found {
+    std::vector<double> scores;
+    std::vector<std::int64_t> ids;
+    std::int64_t n_nonfinite = 0, first_nonfinite = std::numeric_limits<std::int64_t>::max();
+};
+
+// Scans in chunks of `chunk` keys with approximate scores anywhere inside the bound, as unkind as may be: keys that
+// belong among the hits are shown at the lower end, others at the upper.
+Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margin) {
+    Found found;
+    found.scores.assign(static_cast<std::size_t>(input.n_queries * input.k), -kInfinity);
+    found.ids.assign(static_cast<std::size_t>(input.n_queries * input.k), -1);
+    std::vector<float> margins;
+    for (std::int64_t query = 0; query < input.n_queries; ++query) {
+        double square = 0.0;
+        for (std::int64_t j = 0; j < input.key_dim; ++j) {
+            const double value = input.queries[static_cast<std::size_t>(query * input.key_dim + j)];
+            square += value * value;
+        }
+        margins.push_back(relative_margin * static_cast<float>(std::sqrt(square)));
+    }
+    for (std::int64_t first = 0; first < input.n_keys; first += chunk) {
+        const std::int64_t rows = std::min(chunk, input.n_keys - first);
+        const cuda::KeyChunk keys{&input.keys[static_cast<std::size_t>(first * input.stride)], DType::kBFloat16, rows,
+                                  input.key_dim, input.stride};
+        std::vector<float> norms(static_cast<std::size_t>(rows));
+        cuda::measure_keys(keys, 1000 + first, {norms.data(), &found.n_nonfinite, &found.first_nonfinite}, nullptr);
+        std::vector<float> approximate(static_cast<std::size_t>(input.n_queries * rows));
+        for (std::int64_t query = 0; query < input.n_queries; ++query) {
+            for (std::int64_t row = 0; row < rows; ++row) {
+                const double exact = input.exact(query, first + row);
+                const float share = std::uniform_real_distribution<float>(-0.999f, 0.999f)(input.random);
+                const float norm = norms[static_cast<std::size_t>(row)];
+                const float error =
+                    std::isfinite(norm) ? share * norm * margins[static_cast<std::size_t>(query)] : 0.0f;
+                approximate[static_cast<std::size_t>(query * rows + row)] = static_cast<float>(exact) + error;
+            }
+        }
+        cuda::Selection selection;
+        selection.keys = keys;
+        selection.key_norms = norms.data();
+        selection.first_row = first;
+        selection.first_id = 1000;
+        selection.approximate = approximate.data();
+        selection.approximate_stride = rows;
+        selection.queries = input.queries.data();
+        selection.query_stride = input.key_dim;
+        selection.query_margins = margins.data();
+        selection.n_queries = input.n_queries;
+        selection.scores = found.scores.data();
+        selection.ids = found.ids.data();
+        selection.k = input.k;
+        if (with_rule) {
+            selection.last_token = {input.tokens.data(),
+                                    input.starts.data(),
+                                    std::ssize(input.starts),
+                                    input.last_tokens.data(),
+                                    input.lookback.data(),
+                                    std::ssize(input.lookback),
+                                    input.window};
+        }
+        cuda::select_hits(selection, nullptr);
+    }
+    return found;
+}
+
+void expect_brute_force(Scan& input, const Found& found, bool with_rule, const std::vector<bool>& is_finite) {
+    for (std::int64_t query = 0; query < input.n_queries; ++query) {
+        const auto wanted = input.brute_force(query, with_rule, is_finite);
+        for (std::int64_t place = 0; place < input.k; ++place) {
+            const auto at = static_cast<std::size_t>(query * input.k + place);
+            EXPECT((Hit{found.scores[at], found.ids[at]} == wanted[static_cast<std::size_t>(place)]));
+        }
+    }
+}
+
+void test_hits_are_exact() {
+    const struct {
+        std::int64_t n_keys, n_queries, key_dim, k, chunk;
+    } cases[] = {{1, 1, 1, 1, 1},        {5, 3, 7, 10, 5},       {300, 4, 33, 10, 300}, {2100, 1, 40, 5, 900},
+                 {2100, 1, 40, 5, 2100}, {1025, 1, 65, 1, 1024}, {300, 2, 31, 280, 200}};
+    for (const auto& one : cases) {
+        for (const bool with_rule : {false, true}) {
+            for (const float margin : {0.0f, 0.05f}) {
+                Scan input(one.n_keys, one.n_queries, one.key_dim, one.k, 7);
+                cuda_on_cpu::set_seed(static_cast<std::uint64_t>(one.n_keys));
+                const Found found = scan(input, one.chunk, with_rule, margin);
+                EXPECT(found.n_nonfinite == 0);
+                expect_brute_force(input, found, with_rule,
+                                   std::vector<bool>(static_cast<std::size_t>(one.n_keys), true));
+            }
+        }
+    }
+}
+
+void test_rows_that_are_not_finite_are_left_out_and_counted() {
+    Scan input(400, 3, 20, 8, 3);
+    std::vector<bool> is_finite(400, true);
+    for (const std::size_t row : {17u, 18u, 399u}) {
+        is_finite[row] = false;
+        input.keys[row * static_cast<std::size_t>(input.stride) + row % 20] = {
+            static_cast<std::uint16_t>(row == 18 ? 0xff80 : 0x7fc1)};
+    }
+    const Found found = scan(input, 150, false, 0.02f);
+    EXPECT(found.n_nonfinite == 3);
+    EXPECT(found.first_nonfinite == 1017);
+    expect_brute_force(input, found, false, is_finite);
+}
+
+// A product that overflowed tells nothing: such pairs are scored exactly.
+void test_approximate_scores_may_be_nan_or_infinite() {
+    Scan input(200, 1, 6, 5, 11);
+    std::vector<float> approximate(200, std::numeric_limits<float>::quiet_NaN());
+    approximate[3] = std::numeric_limits<float>::infinity();
+    std::vector<float> norms(200), margins{1.0f};
+    Found found;
+    found.scores.assign(5, -kInfinity);
+    found.ids.assign(5, -1);
+    const cuda::KeyChunk keys{input.keys.data(), DType::kBFloat16, 200, 6, input.stride};
+    cuda::measure_keys(keys, 1000, {norms.data(), &found.n_nonfinite, &found.first_nonfinite}, nullptr);
+    cuda::Selection selection;
+    selection.keys = keys;
+    selection.key_norms = norms.data();
+    selection.first_id = 1000;
+    selection.approximate = approximate.data();
+    selection.approximate_stride = 200;
+    selection.queries = input.queries.data();
+    selection.query_stride = 6;
+    selection.query_margins = margins.data();
+    selection.n_queries = 1;
+    selection.scores = found.scores.data();
+    selection.ids = found.ids.data();
+    selection.k = 5;
+    cuda::select_hits(selection, nullptr);
+    expect_brute_force(input, found, false, std::vector<bool>(200, true));
+}
+
+// The tokens before row 0 belong to its sequence, oldest first, and none before them is looked at.
+void test_the_window_reaches_into_the_block_before() {
+    for (const std::int64_t window : {0, 1, 2, 3, 40}) {
+        for (const std::int64_t held : {0, 1}) {
+            Scan input(60, 1, 4, 60, 2);
+            input.window = window;
+            input.lookback = {100, 101};
+            input.last_tokens = {100 + held};
+            const Found found = scan(input, 25, true, 0.01f);
+            expect_brute_force(input, found, true, std::vector<bool>(60, true));
+        }
+    }
+}
+
+void test_a_query_without_margin_keeps_its_state() {
+    Scan input(50, 2, 8, 4, 1);
+    input.queries[3] = std::numeric_limits<float>::quiet_NaN();  // its norm, and so its margin, is NaN
+    const Found found = scan(input, 50, false, 0.01f);
+    for (std::size_t place = 0; place < 4; ++place) {
+        EXPECT(found.ids[place] == -1 && found.scores[place] == -kInfinity);
+        EXPECT(found.ids[4 + place] >= 0);
+    }
+}
+
+void test_norms_are_upper_bounds() {
+    std::mt19937 random(5);
+    std::normal_distribution<float> normal;
+    for (const std::int64_t width : {1, 31, 32, 33, 1000}) {
+        std::vector<float> keys(static_cast<std::size_t>(9 * width));
+        for (float& value : keys) {
+            value = normal(random) * std::exp2(static_cast<float>(random() % 40) - 20.0f);
+        }
+        std::vector<float> norms(9);
+        std::int64_t n_bad = 0, first_bad = 0;
+        cuda::measure_keys({keys.data(), DType::kFloat32, 9, width, width}, 0, {norms.data(), &n_bad, &first_bad},
+                           nullptr);
+        for (std::size_t row = 0; row < 9; ++row) {
+            long double square = 0;
+            for (std::int64_t j = 0; j < width; ++j) {
+                const long double value = keys[row * static_cast<std::size_t>(width) + static_cast<std::size_t>(j)];
+                square += value * value;
+            }
+            const long double norm = std::sqrt(square);
+            EXPECT(static_cast<long double>(norms[row]) >= norm);
+            EXPECT(static_cast<long double>(norms[row]) <= norm * (1 + 0x1p-20L) + 0x1p-148L);
+        }
+    }
+}
+
+}  // namespace
+
+void test_whitened_topk() {
+    test_hits_are_exact();
+    test_rows_that_are_not_finite_are_left_out_and_counted();
+    test_approximate_scores_may_be_nan_or_infinite();
+    test_the_window_reaches_into_the_block_before();
+    test_a_query_without_margin_keeps_its_state();
+    test_norms_are_upper_bounds();
+}

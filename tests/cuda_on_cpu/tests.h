@@ -1,0 +1,7 @@
+// One function per test file, called by main.cpp.
+#pragma once
+
+void test_executor();
+void test_whitened_topk();
+// Dies at an unreadable page; tests/cpp/run_checks.sh looks for that.
+void write_past_the_end_of_shared_memory();
