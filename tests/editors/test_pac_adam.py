@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from rep_fast.editors.pac_adam import RowAdam
@@ -9,11 +10,12 @@ from rep_fast.editors.pac_adam import RowAdam
 PLACE = (0, "up")
 
 
-def test_the_update_is_torchs() -> None:
+@pytest.mark.parametrize("epsilon", [1e-8, 0.1])
+def test_the_update_is_torchs(epsilon: float) -> None:
     generator = torch.Generator().manual_seed(0)
     theirs = torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()
     ours = theirs.detach().clone()
-    optimiser, adam = torch.optim.Adam([theirs], lr=0.02), RowAdam()
+    optimiser, adam = torch.optim.Adam([theirs], lr=0.02, eps=epsilon), RowAdam(epsilon=epsilon)
     for _ in range(5):
         gradient = torch.randn(4, 3, generator=generator, dtype=torch.float64)
         theirs.grad = gradient.clone()
