@@ -201,12 +201,14 @@ def _forward(
     traffic = 2 * keys.nbytes + sum(adapter.w1.nbytes for adapter in adapters)
     with recorded(_NAME, chosen.name, flops=flops, bytes=traffic):
         gates = _Gates.of(keys, adapters, thresholds, chosen, ranked=compose == "argmax")
+        if not gates.any_open:
+            gates.check_finite()
+            return keys.clone(memory_format=torch.contiguous_format), gates.opened
         if compose == "argmax":
             confident = torch.where(gates.opened, gates.logits, -math.inf).argmax(0)  # first of equals
             gates.opened &= torch.arange(len(adapters), device=keys.device).unsqueeze(1) == confident
         changed = ChangedRows(keys, _widest(keys, adapters))
-        if gates.any_open:
-            _add_open(keys, adapters, thresholds, gates, changed, chosen, chained=compose == "chain")
+        _add_open(keys, adapters, thresholds, gates, changed, chosen, chained=compose == "chain")
         gates.check_finite()
         return changed.merged(), gates.opened
 
@@ -279,8 +281,10 @@ class _Gates:
             logits = found.new_zeros(len(adapters), keys.shape[0])
             logits[asked] = found
             n_open += sum(value < 0 for value in bounds)
+        if n_open == 0:
+            return cls(logits, torch.zeros_like(logits, dtype=torch.bool), False, all_finite)
         opened = logits > torch.tensor(bounds, dtype=logits.dtype, device=logits.device).unsqueeze(1)
-        return cls(logits, opened, n_open > 0, all_finite)
+        return cls(logits, opened, True, all_finite)
 
     def renew(
         self,
