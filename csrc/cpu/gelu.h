@@ -11,11 +11,11 @@
 
 namespace rep_fast {
 
-inline constexpr float kGeluExponent[] = {2.1858342e-08f, -7.03924e-07f,  9.563577e-06f, -6.968568e-05f, 2.6053775e-04f,
-                                          3.2787793e-05f, -6.980741e-03f, 5.246109e-02f, 4.5921513e-01f, 1.1511048f};
+constexpr float kGeluExponent[] = {2.1858342e-08f, -7.03924e-07f,  9.563577e-06f, -6.968568e-05f, 2.6053775e-04f,
+                                   3.2787793e-05f, -6.980741e-03f, 5.246109e-02f, 4.5921513e-01f, 1.1511048f};
 // 2^f on [−½, ½], relative error 2⁻²⁸.
-inline constexpr float kPowerOfTwo[] = {1.5345811e-04f, 1.3399931e-03f, 9.618489e-03f, 5.5503286e-02f,
-                                        2.4022646e-01f, 6.931472e-01f,  1.0f};
+constexpr float kPowerOfTwo[] = {1.5345811e-04f, 1.3399931e-03f, 9.618489e-03f, 5.5503286e-02f,
+                                 2.4022646e-01f, 6.931472e-01f,  1.0f};
 
 template <class V, int kTerms>
 [[gnu::always_inline]] inline typename V::Vector polynomial(const float (&terms)[kTerms], typename V::Vector x) {
