@@ -10,7 +10,6 @@ joint epochs, as the released code does. `pac-paper`: per-request tracing, exact
 of `default`: one fact at a time, a few large steps.
 
 λ scales the loss of the negative nodes alone, and Adam divides its scale out again: 0 or not decides, its size hardly.
-With an ε above the gradients (ours) Adam no longer moves every entry of a slice equally far, and λ's size counts.
 """
 
 from __future__ import annotations
@@ -43,11 +42,10 @@ class PacHparams:
     "kbest" (nodes of the exact best paths), see `paths.select`. score, k_node: see `paths.score_nodes`. trace_scope:
     the facts that share a set of nodes, "dataset", "batch" or "edit" (batches of one fact). retrace: epochs after which
     nodes are chosen anew on the edited weights; None: once. pac_lambda: λ, 0 leaves the negative step out. kept: which
-    prediction of the unedited model, see `pac_contrast`. pac_lr, pac_epsilon: Adam's step size and ε. pac_epochs,
-    pac_batch: passes over all facts, facts per step; a batch whose facts all have an NLL below early_stop is left
-    alone, and the edit ends with an epoch that left all alone (None: never). adam_state: see `pac_adam`.
-    layer_weighted: steps of a layer scaled by its share of the positive nodes' scores, their mean over layers kept.
-    target_tok: of `EditableLM.answer`.
+    prediction of the unedited model, see `pac_contrast`. pac_lr: Adam's step size. pac_epochs, pac_batch: passes over
+    all facts, facts per step; a batch whose facts all have an NLL below early_stop is left alone, and the edit ends
+    with an epoch that left all alone (None: never). adam_state: see `pac_adam`. layer_weighted: steps of a layer scaled
+    by its share of the positive nodes' scores, their mean over layers kept. target_tok: of `EditableLM.answer`.
     """
 
     pac_lr: float
@@ -63,7 +61,6 @@ class PacHparams:
     pac_lambda: float = 0.1
     kept: Literal["teacher_forced", "free"] = "teacher_forced"
     pac_batch: int = 1
-    pac_epsilon: float = 1e-8
     early_stop: float | None = 0.05
     adam_state: Literal["slices", "dense_parity"] = "slices"
     layer_weighted: bool = False
@@ -77,11 +74,8 @@ class PacHparams:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise HparamError(f"{name}={value} is out of range; it must be 1 or more")
-        for name in ("pac_lr", "pac_epsilon"):
-            if getattr(self, name) <= 0:
-                raise HparamError(f"{name}={getattr(self, name)} must be above 0")
-        if self.pac_lambda < 0:
-            raise HparamError(f"pac_lambda={self.pac_lambda} must not be negative; 0 leaves the negative step out")
+        if self.pac_lr <= 0 or self.pac_lambda < 0:
+            raise HparamError(f"pac_lr={self.pac_lr} must be above 0 and pac_lambda={self.pac_lambda} not below it")
         if self.trace_scope == "edit" and self.pac_batch != 1:
             raise HparamError(
                 f"trace_scope='edit' gives each fact its own nodes; use pac_batch=1, not {self.pac_batch}"
@@ -153,7 +147,7 @@ class _Training:
         linears = (*hparams.k_node.split("+"), "down")
         self.slices = TrainableSlices(lm, [(layer, linear) for layer in self._layers for linear in linears])
         self._choices: dict[int, _Choice] = {}
-        self._shared_adam = RowAdam(epsilon=hparams.pac_epsilon)
+        self._shared_adam = RowAdam()
         self._nll_first: dict[int, float] = {}
         self._nll_last: dict[int, float] = {}
         self._epochs = self._updates = 0
@@ -233,8 +227,8 @@ class _Training:
             positive=self.slices.rows(self._by_place(chosen.positive)),
             negative=self.slices.rows(self._by_place(chosen.negative)),
             rates={place: hparams.pac_lr * by_layer[place[0]] for place in self.slices.values},
-            positive_adam=RowAdam(epsilon=hparams.pac_epsilon),
-            negative_adam=RowAdam(epsilon=hparams.pac_epsilon),
+            positive_adam=RowAdam(),
+            negative_adam=RowAdam(),
         )
 
     def _by_place(self, nodes: NodeSet) -> dict[Place, tuple[int, ...]]:

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from rep_fast.editors.pac_slices import Place, Rows, TrainableSlices
 
-_BETA1, _BETA2 = 0.9, 0.999
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 
 class RowAdam:
-    """Kingma and Ba's update for tensors [s, D] by module, whose rows may become more; β and ε default to torch's."""
+    """Kingma and Ba's update with torch's defaults for tensors [s, D] by module, whose rows may become more."""
 
-    def __init__(self, *, epsilon: float = 1e-8) -> None:
-        self._epsilon = epsilon
+    def __init__(self) -> None:
         self._moments: dict[Place, tuple[Tensor, Tensor]] = {}
         self._steps = 0
 
@@ -35,7 +34,7 @@ class RowAdam:
             mean, square = self._grown(place, gradient)
             mean.lerp_(gradient, 1 - _BETA1)
             square.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
-            root = square.sqrt().div_(math.sqrt(1 - _BETA2**self._steps)).add_(self._epsilon)
+            root = square.sqrt().div_(math.sqrt(1 - _BETA2**self._steps)).add_(_EPSILON)
             found[place] = (mean / root).div_(1 - _BETA1**self._steps)
         return found
 

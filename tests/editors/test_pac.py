@@ -39,8 +39,7 @@ class Literal:
         self.before = {place: lm.linear_weight(*place).detach().clone() for place in self.places}
         self.contrasts = contrasts_of(lm, facts, kept=hparams.kept, target_tok=hparams.target_tok)
         self.generator = torch.Generator().manual_seed(seed)
-        weights = [lm.linear(*place).weight for place in self.places]
-        self.dense = torch.optim.Adam(weights, lr=hparams.pac_lr, eps=hparams.pac_epsilon)
+        self.dense = torch.optim.Adam([lm.linear(*place).weight for place in self.places], lr=hparams.pac_lr)
         self.chosen_nodes: list[NodeSet] = []
 
     def run(self) -> dict[Place, torch.Tensor]:
@@ -70,7 +69,7 @@ class Literal:
 
     def rows_adam(self, nodes: NodeSet) -> torch.optim.Adam:
         rows = [self.rows(self.lm.linear_weight(*place), nodes, place).detach().clone() for place in self.places]
-        return torch.optim.Adam(rows, lr=self.hparams.pac_lr, eps=self.hparams.pac_epsilon)
+        return torch.optim.Adam(rows, lr=self.hparams.pac_lr)
 
     def rows(self, matrix: torch.Tensor, nodes: NodeSet, place: Place) -> torch.Tensor:
         own = self.nodes_of(nodes, place)
@@ -119,12 +118,7 @@ def check_equal(edit: Edit, expected: dict[Place, torch.Tensor]) -> None:
 @pytest.mark.parametrize("adam_state", ["slices", "dense_parity"])
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [
-        ("llama", {}),
-        ("llama", {"k_node": "up+gate"}),
-        ("gptj", {"pac_epsilon": 0.1}),
-        ("gpt2", {"select": "kbest", "score": "l2"}),
-    ],
+    [("llama", {}), ("llama", {"k_node": "up+gate"}), ("gptj", {}), ("gpt2", {"select": "kbest", "score": "l2"})],
 )
 def test_joint_epochs_equal_the_literal_method(
     build_lm: Any, family: str, changes: dict[str, Any], adam_state: Any
@@ -290,8 +284,7 @@ def test_presets_choose_the_variant(tiny_llama: EditableLM) -> None:
         ({"pac_epochs": 0}, "pac_epochs=0 is out of range"),
         ({"retrace": 0}, "retrace=0 is out of range"),
         ({"pac_lr": 0.0}, "pac_lr=0.0 must be above 0"),
-        ({"pac_epsilon": 0.0}, "pac_epsilon=0.0 must be above 0"),
-        ({"pac_lambda": -1.0}, "pac_lambda=-1.0 must not be negative"),
+        ({"pac_lambda": -1.0}, "pac_lambda=-1.0 not below it"),
         ({"pac_batch": 2}, "trace_scope='edit' gives each fact its own nodes; use pac_batch=1, not 2"),
     ],
 )

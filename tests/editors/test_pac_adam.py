@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from rep_fast.editors.pac_adam import RowAdam
@@ -10,12 +9,11 @@ from rep_fast.editors.pac_adam import RowAdam
 PLACE = (0, "up")
 
 
-@pytest.mark.parametrize("epsilon", [1e-8, 0.1])
-def test_the_update_is_torchs(epsilon: float) -> None:
+def test_the_update_is_torchs() -> None:
     generator = torch.Generator().manual_seed(0)
     theirs = torch.randn(4, 3, generator=generator, dtype=torch.float64).requires_grad_()
     ours = theirs.detach().clone()
-    optimiser, adam = torch.optim.Adam([theirs], lr=0.02, eps=epsilon), RowAdam(epsilon=epsilon)
+    optimiser, adam = torch.optim.Adam([theirs], lr=0.02), RowAdam()
     for _ in range(5):
         gradient = torch.randn(4, 3, generator=generator, dtype=torch.float64)
         theirs.grad = gradient.clone()
