@@ -16,6 +16,7 @@ from torch import Tensor
 from rep_fast import editors
 from rep_fast.editors import EditorState
 from rep_fast.editors.batch import key_groups
+from rep_fast.editors.keys import KeyReader, LookupRows
 from rep_fast.edits import Edit, LowRank, ModuleEdit
 from rep_fast.errors import FingerprintError, HparamError, LayerError, PromptError
 from rep_fast.facts import Fact
@@ -144,11 +145,18 @@ def test_every_layer_gets_the_update_of_the_plain_definition(tiny_lm64: Editable
 def test_chunks_do_not_matter(tiny_llama64: EditableLM, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Facts in small pieces, and streams that are not kept between layers, give the same update."""
     whole = make(tiny_llama64, method, FACTS)
-    monkeypatch.setattr("rep_fast.editors.keys.PASS_TOKENS", 30)
-    monkeypatch.setattr("rep_fast.editors.keys.KEPT_TOKENS", 10)
+    sizes: list[int] = []
+
+    class Small(KeyReader):
+        def __init__(self, lm: EditableLM, rows: LookupRows) -> None:
+            super().__init__(lm, rows, max_tokens=30, kept_tokens=10)
+            sizes.append(len(self._chunks))
+
+    monkeypatch.setattr("rep_fast.editors.batch.KeyReader", Small)
     pieces = make(tiny_llama64, method, FACTS)
     for one, other in zip(whole.modules, pieces.modules, strict=True):
         assert_close(other.delta.to_dense(), one.delta.to_dense(), 1e-9)  # type: ignore[union-attr]
+    assert sizes[0] > 4
 
 
 @pytest.mark.parametrize("method", ["memit-cache", "alphaedit"])
