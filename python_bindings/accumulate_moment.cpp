@@ -1,24 +1,37 @@
 #include "cpu/accumulate_moment.h"
 
+#include <map>
+#include <string>
+
 #include "bindings.h"
+#include "core/error.h"
 #include "key_arg.h"
 #include "tensor_arg.h"
 
 namespace rep_fast::python {
 namespace {
 
-void run(const py::object& keys, const py::object& total, int level, int n_threads) {
+MomentProducts products_arg(const std::string& name) {
+    static const std::map<std::string, MomentProducts> known = {
+        {"auto", MomentProducts::kAuto}, {"fp32", MomentProducts::kFloat32}, {"bf16", MomentProducts::kBf16}};
+    const auto found = known.find(name);
+    REP_FAST_CHECK(found != known.end(), "precision '" << name << "' is unknown");
+    return found->second;
+}
+
+void run(const py::object& keys, const py::object& total, const std::string& precision, int level, int n_threads) {
+    const MomentProducts products = products_arg(precision);
     const KeyMatrix rows = key_arg(keys, "keys");
     const auto sum = TensorArg(total, "total").matrix<double>();
     const py::gil_scoped_release unlocked;
-    accumulate_moment(rows, sum, static_cast<CpuLevel>(level), n_threads);
+    accumulate_moment(rows, sum, products, static_cast<CpuLevel>(level), n_threads);
 }
 
 }  // namespace
 
 void bind_accumulate_moment(py::module_& m) {
     using namespace py::literals;
-    m.def("accumulate_moment", run, "keys"_a, "total"_a, "level"_a, "n_threads"_a);
+    m.def("accumulate_moment", run, "keys"_a, "total"_a, "precision"_a, "level"_a, "n_threads"_a);
     register_bodies(m, "accumulate_moment", accumulate_moment_table());
 }
 

@@ -10,6 +10,7 @@ namespace rep_fast::python {
 void bind_packed_scores(pybind11::module_& m);
 void bind_gated_adapter(pybind11::module_& m);
 void bind_accumulate_moment(pybind11::module_& m);
+void bind_spd_solver(pybind11::module_& m);
 void bind_whitened_topk(pybind11::module_& m);
 void bind_ceilings(pybind11::module_& m);
 

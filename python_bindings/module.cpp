@@ -32,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
     rep_fast::python::bind_packed_scores(m);
     rep_fast::python::bind_gated_adapter(m);
     rep_fast::python::bind_accumulate_moment(m);
+    rep_fast::python::bind_spd_solver(m);
     rep_fast::python::bind_whitened_topk(m);
     rep_fast::python::bind_ceilings(m);
 }

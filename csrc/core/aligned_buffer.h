@@ -1,6 +1,8 @@
 // Scratch floats that start on a cache line: a 64-byte load that straddles two lines costs two.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -13,18 +15,27 @@ class AlignedBuffer {
     // At least n floats; what they hold is undefined, and pointers handed out before may be gone.
     float* reserve(std::int64_t n) {
         if (n > capacity_) {
-            data_.reset(static_cast<float*>(::operator new(static_cast<std::size_t>(n) * sizeof(float), kAlignment)));
+            const std::size_t n_bytes = static_cast<std::size_t>(n) * sizeof(float);
+            const std::align_val_t alignment{n_bytes < kHugePage ? kLine : kHugePage};
+            data_ = Memory(static_cast<float*>(::operator new(n_bytes, alignment)), Release{alignment});
             capacity_ = n;
+            if (n_bytes >= kHugePage) {
+                // a wish: panels that pass again and again would miss the buffer of page translations
+                ::madvise(data_.get(), n_bytes, MADV_HUGEPAGE);
+            }
         }
         return data_.get();
     }
 
   private:
-    static constexpr std::align_val_t kAlignment{64};
+    static constexpr std::size_t kLine = 64;
+    static constexpr std::size_t kHugePage = std::size_t{2} << 20;
     struct Release {
-        void operator()(float* data) const { ::operator delete(data, kAlignment); }
+        std::align_val_t alignment;
+        void operator()(float* data) const { ::operator delete(data, alignment); }
     };
-    std::unique_ptr<float, Release> data_;
+    using Memory = std::unique_ptr<float, Release>;
+    Memory data_{nullptr, Release{std::align_val_t{kLine}}};
     std::int64_t capacity_ = 0;
 };
 

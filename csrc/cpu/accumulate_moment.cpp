@@ -1,14 +1,17 @@
-// Driver and portable body of accumulate_moment. Tokens are packed 1024 at a time; a task is a square of 4 × 4 panels
-// of the lower triangle, multiplied 64 tokens at a time: two panel pieces (24 KB) stay in the first-level cache, all
-// eight and the 16 tiles in the second. A square is added to the float64 total once per 1024 tokens.
+// Driver and portable body of accumulate_moment. Tokens are packed kMomentRows at a time; a task is a square of 8 × 8
+// panels of the lower triangle, multiplied 64 tokens at a time: two panel pieces (24 KB) stay in the first-level cache,
+// all sixteen and the 64 tiles (786 KB) in the second. A square is added to the float64 total once per kMomentRows
+// tokens.
 #include "cpu/accumulate_moment.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "core/work_queue.h"
+#include "cpu/ceilings.h"
 #include "cpu/panel_product.h"
 #include "cpu/simd_portable.h"
 
@@ -20,15 +23,16 @@ void product(const float* a, const float* b, std::int64_t depth, float* tile, bo
     panel_product<Simd>(a, b, depth, tile, first);
 }
 
-constexpr AccumulateMomentKernels kAccumulateMoment = {product};
+constexpr AccumulateMomentKernels kAccumulateMoment = {.product = product};
 
 }  // namespace
 }  // namespace portable
 
 namespace {
 
-constexpr std::int64_t kSquare = 4;  // panels on a side of a task
+constexpr std::int64_t kSquare = 8;  // panels on a side of a task
 constexpr std::int64_t kTile = kPanel * kPanel;
+constexpr double kClearLead = 1.1;  // a lead that the noise of a short measurement does not make
 
 struct Square {
     std::int64_t row, col;  // first panel of each side
@@ -44,75 +48,174 @@ std::vector<Square> lower_squares(std::int64_t n_panels) {
     return squares;
 }
 
-void add_lower(const float* tile, std::int64_t row0, std::int64_t col0, const MatrixView<double>& total) {
-    const std::int64_t n_rows = std::min(kPanel, total.rows - row0);
-    for (std::int64_t i = 0; i < n_rows; ++i) {
-        double* const to = total.row(row0 + i) + col0;
-        const std::int64_t n_cols = std::min(kPanel, row0 + i - col0 + 1);
-        for (std::int64_t j = 0; j < n_cols; ++j) {
-            to[j] += static_cast<double>(tile[i * kPanel + j]);
-        }
-    }
-}
+// One tile's place in the total, the part on and below the diagonal.
+struct LowerTile {
+    const MatrixView<double>& total;
+    std::int64_t row0, col0;
 
-// tiles: kSquare · kSquare tiles of scratch.
-void do_square(const AccumulateMomentKernels& kernels, const Square& square, const float* packed, std::int64_t n_rows,
-               std::int64_t n_panels, float* tiles, const MatrixView<double>& total) {
-    const std::int64_t row_end = std::min(square.row + kSquare, n_panels);
-    const std::int64_t col_end = std::min(square.col + kSquare, n_panels);
-    for (std::int64_t k = 0; k < n_rows; k += kPanelDepth) {
-        const std::int64_t depth = std::min(kPanelDepth, n_rows - k);
-        for (std::int64_t row = square.row; row < row_end; ++row) {
-            for (std::int64_t col = square.col; col < std::min(col_end, row + 1); ++col) {
-                kernels.product(packed + (row * n_rows + k) * kPanel, packed + (col * n_rows + k) * kPanel, depth,
-                                tiles + ((row - square.row) * kSquare + col - square.col) * kTile, k == 0);
+    std::int64_t n_rows() const { return std::min(kPanel, total.rows - row0); }
+    std::int64_t n_cols(std::int64_t i) const { return std::min(kPanel, row0 + i - col0 + 1); }
+    double* row(std::int64_t i) const { return total.row(row0 + i) + col0; }
+
+    void prefetch() const {
+        for (std::int64_t i = 0; i < n_rows(); ++i) {
+            for (std::int64_t j = 0; j < n_cols(i); j += 8) {  // a line each
+                __builtin_prefetch(row(i) + j, 1, 2);
             }
         }
     }
-    for (std::int64_t row = square.row; row < row_end; ++row) {
-        for (std::int64_t col = square.col; col < std::min(col_end, row + 1); ++col) {
-            add_lower(tiles + ((row - square.row) * kSquare + col - square.col) * kTile, row * kPanel, col * kPanel,
-                      total);
+
+    void add(const float* tile) const {
+        for (std::int64_t i = 0; i < n_rows(); ++i) {
+            for (std::int64_t j = 0; j < n_cols(i); ++j) {
+                row(i)[j] += static_cast<double>(tile[i * kPanel + j]);
+            }
         }
+    }
+};
+
+// What a task multiplies: float32 panels, or panels of pairs of bfloat16.
+template <class Element>
+struct Panels {
+    void (*product)(const Element* a, const Element* b, std::int64_t depth, float* tile, bool first);
+    const Element* pieces;  // [block of tokens][panel][kPiece]
+    std::int64_t n_panels;
+    std::int64_t depth;        // of all blocks together
+    std::int64_t block_depth;  // of all but the last
+};
+
+// tiles: kSquare · kSquare tiles of scratch.
+template <class Element>
+void do_square(const Panels<Element>& panels, const Square& square, float* tiles, const MatrixView<double>& total) {
+    const std::int64_t row_end = std::min(square.row + kSquare, panels.n_panels);
+    const std::int64_t col_end = std::min(square.col + kSquare, panels.n_panels);
+    const auto for_each_tile = [&](const auto& work) {
+        float* tile = tiles;
+        for (std::int64_t row = square.row; row < row_end; ++row) {
+            for (std::int64_t col = square.col; col < std::min(col_end, row + 1); ++col) {
+                work(row, col, tile);
+                tile += kTile;
+            }
+        }
+    };
+    const std::int64_t piece = panels.block_depth * kPanel;
+    const Element* block = panels.pieces;
+    for (std::int64_t k = 0; k < panels.depth; k += panels.block_depth) {
+        const std::int64_t depth = std::min(panels.block_depth, panels.depth - k);
+        const bool is_last = k + depth == panels.depth;
+        for_each_tile([&](std::int64_t row, std::int64_t col, float* tile) {
+            if (is_last) {  // the total comes from memory while the last products are made
+                LowerTile{total, row * kPanel, col * kPanel}.prefetch();
+            }
+            panels.product(block + row * piece, block + col * piece, depth, tile, k == 0);
+        });
+        block += panels.n_panels * piece;
+    }
+    for_each_tile([&](std::int64_t row, std::int64_t col, const float* tile) {
+        LowerTile{total, row * kPanel, col * kPanel}.add(tile);
+    });
+}
+
+struct Packing {
+    std::int64_t n_panels;
+    AlignedBuffer buffer;
+    int n_threads;
+
+    // pack_one(first token of the block, tokens of the block, first column, piece).
+    template <class Element, class PackOne>
+    const Element* pack(std::int64_t n_rows, std::int64_t tokens_of_element, const PackOne& pack_one) {
+        static_assert(sizeof(Element) == sizeof(float));
+        const std::int64_t piece = kPanelDepth / tokens_of_element * kPanel;
+        const std::int64_t n_blocks = (n_rows + kPanelDepth - 1) / kPanelDepth;
+        auto* const pieces = reinterpret_cast<Element*>(buffer.reserve(n_blocks * n_panels * piece));
+        run_blocks(n_panels, n_threads, [&](std::int64_t panel, int) {
+            for (std::int64_t block = 0; block < n_blocks; ++block) {
+                const std::int64_t k = block * kPanelDepth;
+                pack_one(k, std::min(kPanelDepth, n_rows - k), panel * kPanel,
+                         pieces + (block * n_panels + panel) * piece);
+            }
+        });
+        return pieces;
+    }
+};
+
+template <class T>
+void accumulate(const AccumulateMomentKernels& kernels, const MatrixView<const T>& keys, bool in_pairs,
+                const MatrixView<double>& total, int n_threads) {
+    Packing packing{panels_of(keys.cols), {}, n_threads};
+    const std::vector<Square> squares = lower_squares(packing.n_panels);
+    std::vector<AlignedBuffer> tiles(static_cast<std::size_t>(std::max(n_threads, 1)));
+    const auto do_squares = [&](const auto& panels) {
+        run_blocks(static_cast<std::int64_t>(squares.size()), n_threads, [&](std::int64_t number, int worker) {
+            float* const scratch = tiles[static_cast<std::size_t>(worker)].reserve(kSquare * kSquare * kTile);
+            do_square(panels, squares[static_cast<std::size_t>(number)], scratch, total);
+        });
+    };
+    for (std::int64_t first = 0; first < keys.rows; first += kMomentRows) {
+        const std::int64_t n_rows = std::min(kMomentRows, keys.rows - first);
+        if constexpr (std::is_same_v<T, BFloat16>) {
+            if (in_pairs) {
+                const auto* const pieces = packing.pack<std::uint32_t>(
+                    n_rows, 2, [&](std::int64_t k, std::int64_t n, std::int64_t col, std::uint32_t* piece) {
+                        pack_pairs(keys, first + k, n, col, piece);
+                    });
+                do_squares(Panels<std::uint32_t>{kernels.pair_product, pieces, packing.n_panels, (n_rows + 1) / 2,
+                                                 kPanelDepth / 2});
+                continue;
+            }
+        }
+        const auto* const pieces =
+            packing.pack<float>(n_rows, 1, [&](std::int64_t k, std::int64_t n, std::int64_t col, float* piece) {
+                pack_panel(keys, first + k, n, col, piece);
+            });
+        do_squares(Panels<float>{kernels.product, pieces, packing.n_panels, n_rows, kPanelDepth});
     }
 }
 
-template <class T>
-void accumulate(const AccumulateMomentKernels& kernels, const MatrixView<const T>& keys,
-                const MatrixView<double>& total, int n_threads) {
-    const std::int64_t n_panels = panels_of(keys.cols);
-    const std::vector<Square> squares = lower_squares(n_panels);
-    AlignedBuffer panels;
-    float* const packed = panels.reserve(n_panels * std::min(keys.rows, kMomentRows) * kPanel);
-    std::vector<AlignedBuffer> tiles(static_cast<std::size_t>(std::max(n_threads, 1)));
-    for (std::int64_t first = 0; first < keys.rows; first += kMomentRows) {
-        const std::int64_t n_rows = std::min(kMomentRows, keys.rows - first);
-        run_blocks(n_panels, n_threads, [&](std::int64_t panel, int) {
-            pack_panel(keys, first, n_rows, panel * kPanel, packed + panel * n_rows * kPanel);
-        });
-        run_blocks(static_cast<std::int64_t>(squares.size()), n_threads, [&](std::int64_t number, int worker) {
-            float* const scratch = tiles[static_cast<std::size_t>(worker)].reserve(kSquare * kSquare * kTile);
-            do_square(kernels, squares[static_cast<std::size_t>(number)], packed, n_rows, n_panels, scratch, total);
-        });
-    }
+// Measured at the first call (some milliseconds): bfloat16 is twice as fast as float32 on some processors with AVX-512
+// BF16, half as fast on others.
+bool pairs_are_faster() {
+    static const bool are_faster = [] {
+        constexpr double kSeconds = 3e-3;
+        const CpuLevel level = machine_cpu_level();
+        const double float32 = product_rate(Product::kFloat32, level, 1, kSeconds);
+        return product_rate(Product::kBf16, level, 1, kSeconds) >= kClearLead * float32;
+    }();
+    return are_faster;
+}
+
+bool takes_pairs(const AccumulateMomentKernels& kernels, const KeyMatrix& keys, MomentProducts products) {
+    const bool has_pairs = kernels.pair_product != nullptr && std::holds_alternative<MatrixView<const BFloat16>>(keys);
+    REP_FAST_CHECK(has_pairs || products != MomentProducts::kBf16,
+                   "products of bfloat16 need bfloat16 keys and a processor with AVX-512 BF16; use precision auto");
+    return has_pairs &&
+           (products == MomentProducts::kBf16 || (products == MomentProducts::kAuto && pairs_are_faster()));
 }
 
 }  // namespace
 
 const DispatchTable<AccumulateMomentKernels>& accumulate_moment_table() {
-    static const auto table =
-        table_up_to_avx512(portable::kAccumulateMoment, avx2::kAccumulateMoment, avx512::kAccumulateMoment);
+    static const auto table = [] {
+        AccumulateMomentKernels with_pairs = avx512::kAccumulateMoment;
+        with_pairs.pair_product = avx512_bf16::kMomentPairProduct;
+        return DispatchTable<AccumulateMomentKernels>{{{CpuLevel::kPortable, portable::kAccumulateMoment},
+                                                       {CpuLevel::kAvx2, avx2::kAccumulateMoment},
+                                                       {CpuLevel::kAvx512, avx512::kAccumulateMoment},
+                                                       {CpuLevel::kAvx512Bf16, with_pairs}}};
+    }();
     return table;
 }
 
-void accumulate_moment(const KeyMatrix& key_matrix, const MatrixView<double>& total, CpuLevel level, int n_threads) {
+void accumulate_moment(const KeyMatrix& key_matrix, const MatrixView<double>& total, MomentProducts products,
+                       CpuLevel level, int n_threads) {
     const AccumulateMomentKernels& kernels = at_level(accumulate_moment_table(), level).kernels;
+    const bool in_pairs = takes_pairs(kernels, key_matrix, products);
     std::visit(
         [&](const auto& keys) {
             REP_FAST_CHECK(
                 total.rows == keys.cols && total.cols == keys.cols,
                 "total must be " << keys.cols << " x " << keys.cols << ", got " << total.rows << " x " << total.cols);
-            accumulate(kernels, keys, total, n_threads);
+            accumulate(kernels, keys, in_pairs, total, n_threads);
         },
         key_matrix);
 }

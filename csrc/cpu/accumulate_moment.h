@@ -8,16 +8,29 @@
 
 namespace rep_fast {
 
-// Tokens whose products are added in float32: one entry's error is at most kMomentRows · 2⁻²⁴ · Σ |k_i k_j|.
-inline constexpr std::int64_t kMomentRows = 1024;
+// Tokens whose products are added in float32, 64 at a time (cpu/panel_product.h): no chain of additions is longer than
+// 64 + kMomentRows / 64, so one entry's error is at most 96 · 2⁻²⁴ · Σ |k_i k_j|.
+inline constexpr std::int64_t kMomentRows = 2048;
+
+// Products of bfloat16 are exact in float32 too: kBf16 is a question of speed, except that subnormal numbers count as
+// zero. kAuto takes it where this processor does clearly more of them in a second.
+enum class MomentProducts { kAuto, kFloat32, kBf16 };
 
 // keys [n_tokens, key_dim], total [key_dim, key_dim]; entries above the diagonal are left alone. The bits do not depend
-// on the thread count. Throws Error when sizes do not fit together.
-void accumulate_moment(const KeyMatrix& keys, const MatrixView<double>& total, CpuLevel level, int n_threads);
+// on the thread count. Throws Error when sizes do not fit together, or kBf16 is asked for where keys or level have no
+// such products.
+void accumulate_moment(const KeyMatrix& keys, const MatrixView<double>& total, MomentProducts products, CpuLevel level,
+                       int n_threads);
+
+// tile[48, 48] (+)= Aᵀ B of two packed panels; `first` overwrites (cpu/panel_product.h).
+using MomentProduct = void (*)(const float* a, const float* b, std::int64_t depth, float* tile, bool first);
+// The same for panels of pairs of bfloat16.
+using MomentPairProduct = void (*)(const std::uint32_t* a, const std::uint32_t* b, std::int64_t n_pairs, float* tile,
+                                   bool first);
 
 struct AccumulateMomentKernels {
-    // tile[48, 48] (+)= Aᵀ B of two packed panels [depth, 48]; `first` overwrites (cpu/panel_product.h).
-    void (*product)(const float* a, const float* b, std::int64_t depth, float* tile, bool first);
+    MomentProduct product;
+    MomentPairProduct pair_product = nullptr;  // where the level has it
 };
 
 const DispatchTable<AccumulateMomentKernels>& accumulate_moment_table();
@@ -27,6 +40,9 @@ extern const AccumulateMomentKernels kAccumulateMoment;
 }
 namespace avx512 {
 extern const AccumulateMomentKernels kAccumulateMoment;
+}
+namespace avx512_bf16 {
+extern const MomentPairProduct kMomentPairProduct;
 }
 
 }  // namespace rep_fast

@@ -12,6 +12,6 @@ void product(const float* a, const float* b, std::int64_t depth, float* tile, bo
 
 }  // namespace
 
-constinit const AccumulateMomentKernels kAccumulateMoment = {product};
+constinit const AccumulateMomentKernels kAccumulateMoment = {.product = product};
 
 }  // namespace rep_fast::avx512

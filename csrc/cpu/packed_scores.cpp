@@ -8,7 +8,7 @@
 #include "core/aligned_buffer.h"
 #include "core/error.h"
 #include "core/work_queue.h"
-#include "cpu/panel_product.h"
+#include "cpu/panel_abs_sum.h"
 #include "cpu/simd_portable.h"
 
 namespace rep_fast {

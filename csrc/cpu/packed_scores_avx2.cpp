@@ -1,6 +1,6 @@
 // AVX2 body of packed_scores. Internal linkage only, no standard library: see core/dispatch.h.
 #include "cpu/packed_scores.h"
-#include "cpu/panel_product.h"
+#include "cpu/panel_abs_sum.h"
 #include "cpu/simd_avx2.h"
 
 namespace rep_fast::avx2 {

@@ -1,6 +1,6 @@
 // AVX-512 body of packed_scores. Internal linkage only, no standard library: see core/dispatch.h.
 #include "cpu/packed_scores.h"
-#include "cpu/panel_product.h"
+#include "cpu/panel_abs_sum.h"
 #include "cpu/simd_avx512.h"
 
 namespace rep_fast::avx512 {

@@ -14,6 +14,7 @@ struct Simd {
     using Vector = __m256;
     static constexpr int kLanes = 8;
     using Element = float;
+    using Factor = Vector;
     static constexpr int kElements = kLanes;
     // 12 accumulators, 3 keys and a weight fill the 16 registers; 7 loads stand against 12 multiply-adds
     static constexpr int kDotTokens = 3;
@@ -70,6 +71,25 @@ struct Simd {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+    }
+};
+
+// The same in float64, half as many lanes.
+struct Simd64 {
+    using Vector = __m256d;
+    using Element = double;
+    static constexpr int kLanes = 4;
+    static constexpr int kPanelRows = 4;
+    static constexpr int kPanelVectors = 3;
+
+    [[gnu::always_inline]] static inline Vector zero() { return _mm256_setzero_pd(); }
+    [[gnu::always_inline]] static inline Vector load(const double* from) { return _mm256_loadu_pd(from); }
+    [[gnu::always_inline]] static inline Vector widen(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
+    [[gnu::always_inline]] static inline Vector broadcast(const double* from) { return _mm256_broadcast_sd(from); }
+    [[gnu::always_inline]] static inline void store(double* to, Vector value) { _mm256_storeu_pd(to, value); }
+    [[gnu::always_inline]] static inline Vector subtract(Vector a, Vector b) { return _mm256_sub_pd(a, b); }
+    [[gnu::always_inline]] static inline Vector multiply_add(Vector a, Vector b, Vector c) {
+        return _mm256_fmadd_pd(a, b, c);
     }
 };
 

@@ -14,6 +14,7 @@ struct Simd {
     using Vector = __m512;
     static constexpr int kLanes = 16;
     using Element = float;
+    using Factor = Vector;
     static constexpr int kElements = kLanes;
     // 24 accumulators, 3 keys and a weight of 32 registers; 11 loads stand against 24 multiply-adds
     static constexpr int kDotTokens = 3;
@@ -97,6 +98,27 @@ struct Simd {
     }
     // GCC 12 warns of uninitialised values inside the unmasked forms; with all lanes set these are the same instruction
     static constexpr __mmask16 kAllLanes = 0xffff;
+};
+
+// The same in float64, half as many lanes.
+struct Simd64 {
+    using Vector = __m512d;
+    using Element = double;
+    static constexpr int kLanes = 8;
+    static constexpr int kPanelRows = 8;
+    static constexpr int kPanelVectors = 3;
+
+    [[gnu::always_inline]] static inline Vector zero() { return _mm512_setzero_pd(); }
+    [[gnu::always_inline]] static inline Vector load(const double* from) { return _mm512_loadu_pd(from); }
+    [[gnu::always_inline]] static inline Vector widen(const float* from) {
+        return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));  // masked for the reason given in Simd
+    }
+    [[gnu::always_inline]] static inline Vector broadcast(const double* from) { return _mm512_set1_pd(*from); }
+    [[gnu::always_inline]] static inline void store(double* to, Vector value) { _mm512_storeu_pd(to, value); }
+    [[gnu::always_inline]] static inline Vector subtract(Vector a, Vector b) { return _mm512_sub_pd(a, b); }
+    [[gnu::always_inline]] static inline Vector multiply_add(Vector a, Vector b, Vector c) {
+        return _mm512_fmadd_pd(a, b, c);
+    }
 };
 
 }  // namespace

@@ -15,6 +15,7 @@ struct Simd {
     typedef std::uint32_t Bits __attribute__((vector_size(16), aligned(4)));
     static constexpr int kLanes = 4;
     using Element = float;
+    using Factor = Vector;
     static constexpr int kElements = kLanes;
     // register tiles, see dot_block.h and panel_product.h: 8 accumulators of 16 registers
     static constexpr int kDotTokens = 2;
@@ -70,6 +71,26 @@ struct Simd {
         }
     }
     [[gnu::always_inline]] static inline float sum(Vector a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+};
+
+// The same in float64, half as many lanes.
+struct Simd64 {
+    typedef double Vector __attribute__((vector_size(16), aligned(8)));
+    using Element = double;
+    static constexpr int kLanes = 2;
+    static constexpr int kPanelRows = 4;
+    static constexpr int kPanelVectors = 2;
+
+    [[gnu::always_inline]] static inline Vector zero() { return Vector{}; }
+    [[gnu::always_inline]] static inline Vector load(const double* from) {
+        return *reinterpret_cast<const Vector*>(from);
+    }
+    [[gnu::always_inline]] static inline Vector broadcast(const double* from) { return Vector{*from, *from}; }
+    [[gnu::always_inline]] static inline void store(double* to, Vector value) {
+        *reinterpret_cast<Vector*>(to) = value;
+    }
+    [[gnu::always_inline]] static inline Vector subtract(Vector a, Vector b) { return a - b; }
+    [[gnu::always_inline]] static inline Vector multiply_add(Vector a, Vector b, Vector c) { return a * b + c; }
 };
 
 }  // namespace

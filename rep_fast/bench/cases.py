@@ -76,3 +76,87 @@ def _gate_cases() -> tuple[GateCase, ...]:
 
 
 GATE_CASES = _gate_cases()
+
+
+@dataclass(frozen=True)
+class MomentCase:
+    """One block of tokens added to a second moment of the key width M."""
+
+    name: str
+    n_tokens: int
+    key_dim: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of one triangle."""
+        return self.n_tokens * self.key_dim * (self.key_dim + 1)
+
+
+MOMENT_CASES = (
+    MomentCase("factworld", 8192, 512),
+    MomentCase("m4096", 2048, 4096),
+    MomentCase("llama2-7b", 1024, 11008),
+    MomentCase("mistral-7b", 512, 14336),
+)
+
+
+@dataclass(frozen=True)
+class ScoreCase:
+    """Column scores of the weight gradient [D_in, D_out] of n_tokens tokens."""
+
+    name: str
+    n_tokens: int
+    d_in: int
+    d_out: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the product."""
+        return 2 * self.n_tokens * self.d_in * self.d_out
+
+
+SCORE_CASES = (
+    ScoreCase("factworld-16", 16, 128, 512),
+    ScoreCase("m4096-64", 64, 1024, 4096),
+    ScoreCase("llama2-7b-16", 16, 4096, 11008),
+    ScoreCase("llama2-7b-64", 64, 4096, 11008),
+    ScoreCase("llama2-7b-256", 256, 4096, 11008),
+    ScoreCase("mistral-7b-64", 64, 4096, 14336),
+)
+
+
+@dataclass(frozen=True)
+class SolveCase:
+    """C⁻¹B for n_columns right-hand sides; `is_cached`: the factor is there already."""
+
+    name: str
+    key_dim: int
+    is_cached: bool
+    n_columns: int = 100
+    condition: float = 1e6
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of one factorisation (unless cached) and one pair of triangular solves."""
+        factorisation = 0 if self.is_cached else self.key_dim**3 // 3
+        return factorisation + 2 * self.key_dim**2 * self.n_columns
+
+
+SOLVE_CASES = (
+    SolveCase("factworld-factor+solve", 512, False),
+    SolveCase("factworld-solve", 512, True),
+    SolveCase("m4096-factor+solve", 4096, False),
+    SolveCase("m4096-solve", 4096, True),
+    SolveCase("m4096-solve-1", 4096, True, n_columns=1),
+    SolveCase("llama2-7b-factor+solve", 11008, False),
+    SolveCase("llama2-7b-solve", 11008, True),
+)

@@ -16,7 +16,7 @@ from rep_fast.cli.writable import check_file
 if TYPE_CHECKING:
     from rep_fast.bench import Ceilings, Row
 
-_WHAT = ("ceilings", "gated_adapter", "whitened_topk")
+_WHAT = ("ceilings", "accumulate_moment", "gated_adapter", "packed_scores", "spd_solver", "whitened_topk")
 
 
 def bench(

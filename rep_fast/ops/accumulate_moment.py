@@ -11,14 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rep_fast.errors import HparamError, NonFiniteError, SingularMomentError
+from rep_fast.errors import BackendError, HparamError, NonFiniteError, SingularMomentError
 from rep_fast.ops import native
 from rep_fast.ops.backend import Backend, choose_or_warn
+from rep_fast.ops.finite import is_finite
 from rep_fast.ops.profile import recorded
 
-# rows multiplied in float32 before the product is added in float64: the float32 error of one entry is at most
-# kBlockRows · 2⁻²⁴ · Σ|k_i k_j|, while one pass over the float64 sum is paid once per block
+# rows the torch body multiplies in float32 before it adds the product in float64: the error of one entry is at most
+# BLOCK_ROWS · 2⁻²⁴ · Σ|k_i k_j|, while one pass over the float64 sum is paid once per block. The native bodies add 64
+# rows in a chain, and go over the sum once per 2048.
 BLOCK_ROWS = 1024
+PRECISIONS = ("auto", "fp32", "bf16")
 _NAME = "accumulate_moment"
 _KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -91,28 +94,32 @@ class MomentSum:
 
 
 def accumulate_moment(
-    total: MomentSum, keys: Tensor, *, mask: Tensor | None = None, nonfinite: str = "raise"
+    total: MomentSum, keys: Tensor, *, mask: Tensor | None = None, nonfinite: str = "raise", precision: str = "auto"
 ) -> MomentSum:
     """Add the keys of some tokens to a running second moment.
 
     total.lower += tril(Σ_t k_t k_tᵀ), total.count += T (statistics of ROME/MEMIT, methods §4): float32 products over
-    `BLOCK_ROWS` tokens at a time, float64 between blocks; float64 keys are multiplied in float64.
+    blocks of tokens, float64 between blocks; float64 keys are multiplied in float64.
 
     Args:
         total: changed in place.
         keys: [T, M] float32, bfloat16, float16 or float64 on total's device; rows may be padded, T may be 0.
         mask: [T] bool, True for tokens that count; default all.
         nonfinite: "raise", or "exclude" to leave such tokens out and count them in `total.n_nonfinite`.
+        precision: "auto", or whose multiply-adds: "fp32", or "bf16" for bfloat16 keys on a processor with AVX-512 BF16.
+            Products of bfloat16 are exact in both, only subnormal keys count as zero in the second; "auto" takes the
+            faster, as measured once per process.
     Returns:
         `total`.
     Raises:
-        HparamError: shapes, dtypes or devices do not fit, or `nonfinite` is unknown.
+        HparamError: shapes, dtypes or devices do not fit, or an option is unknown.
+        BackendError: precision "bf16" where there are no such products.
         NonFiniteError: a NaN or infinity in a token that counts; `total` is then unchanged.
     """
-    _check(total, keys, mask, nonfinite)
+    _check(total, keys, mask, nonfinite, precision)
     rows = keys.detach() if mask is None else keys.detach()[mask]
-    finite = _finite_rows(rows)
-    if not bool(finite.all()):
+    if not is_finite(rows):
+        finite = torch.isfinite(rows).all(dim=1)
         if nonfinite == "raise":
             row = int((~finite).nonzero()[0])
             if mask is not None:
@@ -123,12 +130,14 @@ def accumulate_moment(
         total.n_nonfinite += int((~finite).sum())
         rows = rows[finite]
     if rows.shape[0]:
-        torch.ops.rep_fast.accumulate_moment(total.lower, rows)
+        torch.ops.rep_fast.accumulate_moment(total.lower, rows, precision)
     total.count += rows.shape[0]
     return total
 
 
-def _check(total: MomentSum, keys: Tensor, mask: Tensor | None, nonfinite: str) -> None:
+def _check(total: MomentSum, keys: Tensor, mask: Tensor | None, nonfinite: str, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise HparamError(f"accumulate_moment: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if nonfinite not in ("raise", "exclude"):
         raise HparamError(f"accumulate_moment: nonfinite must be 'raise' or 'exclude', got {nonfinite!r}")
     _check_shapes(total.lower, keys)
@@ -150,31 +159,27 @@ def _check_shapes(lower: Tensor, keys: Tensor) -> None:
         raise HparamError(f"accumulate_moment: keys are on {keys.device}, the sum is on {lower.device}")
 
 
-def _finite_rows(keys: Tensor) -> Tensor:
-    blocks = [torch.isfinite(block).all(dim=1) for block in keys.split(BLOCK_ROWS)]
-    return torch.cat(blocks) if blocks else torch.ones(0, dtype=torch.bool, device=keys.device)
-
-
 @torch.library.custom_op("rep_fast::accumulate_moment", mutates_args=("lower",))
-def _accumulate_moment(lower: Tensor, keys: Tensor) -> None:
+def _accumulate_moment(lower: Tensor, keys: Tensor, precision: str) -> None:
     _check_shapes(lower, keys)
     T, M = keys.shape
     is_double = keys.dtype == torch.float64
-    chosen = Backend("reference", "float64 products are torch's") if is_double else _body(keys.device)
+    chosen = Backend("reference", "float64 products are torch's") if is_double else choose_or_warn(_NAME, keys.device)
+    if precision == "bf16" and (chosen.name != "native-avx512_bf16" or keys.dtype != torch.bfloat16):
+        raise BackendError(
+            "accumulate_moment: precision 'bf16' needs bfloat16 keys and a processor with AVX-512 BF16;"
+            " use precision='auto'"
+        )
     with recorded(_NAME, chosen.name, flops=T * M * (M + 1), bytes=keys.nbytes + M * (M + 1) * lower.itemsize):
         if chosen.module is not None and lower.stride(1) == 1:
             rows = keys if keys.stride(1) == 1 else keys.contiguous()
-            chosen.module.accumulate_moment(rows, lower, chosen.level, native.n_threads())
+            chosen.module.accumulate_moment(rows, lower, precision, chosen.level, native.n_threads())
             return
         for block in keys.split(BLOCK_ROWS):
             rows = block.to(torch.float64 if is_double else torch.float32)
             lower += (rows.T @ rows).tril_()
 
 
-def _body(device: torch.device) -> Backend:
-    return choose_or_warn(_NAME, device)
-
-
 @_accumulate_moment.register_fake
-def _(lower: Tensor, keys: Tensor) -> None:
+def _(lower: Tensor, keys: Tensor, precision: str) -> None:
     _check_shapes(lower, keys)

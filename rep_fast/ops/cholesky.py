@@ -1,13 +1,18 @@
-"""Cholesky factors of a symmetrically scaled matrix, from SciPy's LAPACK on CPU and torch.linalg on GPU."""
+"""Cholesky factors of a symmetrically scaled matrix, from SciPy's LAPACK on CPU and torch.linalg on GPU, and solves."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from scipy.linalg import lapack
 from torch import Tensor
+
+from rep_fast.ops import native
+from rep_fast.ops.backend import choose
+from rep_fast.ops.profile import recorded
 
 _DTYPE_OF = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -29,19 +34,68 @@ class Factor:
 
     def solve(self, b: Tensor) -> Tensor:
         """S L⁻ᵀ L⁻¹ S b for b [M, n] float64, in the precision of the factor; float64 out."""
-        scaled = b * self.scale.unsqueeze(1)
-        # float32 would flush small residuals to zero: solve for columns of size one
-        sizes = scaled.abs().amax(dim=0).clamp_min(torch.finfo(torch.float64).tiny) if b.shape[1] else 1.0
-        scaled = (scaled / sizes).to(self.lower.dtype)
-        if b.shape[1] == 0:
-            solution = scaled
-        elif b.is_cuda:
-            solution = torch.cholesky_solve(scaled, self.lower)
-        else:
-            potrs = lapack.spotrs if self.lower.dtype == torch.float32 else lapack.dpotrs
-            # the row-major lower triangle is LAPACK's column-major upper one: no copy
-            solution = torch.from_numpy(potrs(self.lower.numpy().T, scaled.numpy(), lower=0)[0])
-        return solution.double() * sizes * self.scale.unsqueeze(1)
+        if self.inverses is not None:
+            return torch.ops.rep_fast.cholesky_solve(self.lower, self.inverses, self.scale, b)
+        return _library_solve(self.lower, self.scale, b)
+
+    @cached_property
+    def inverses(self) -> Tensor | None:
+        """−L_bb⁻¹ of the diagonal blocks, [M, block]; None where no native body solves with this factor."""
+        module = choose("spd_solver", self.lower.device).module
+        if module is None or self.lower.dtype != torch.float32:
+            return None
+        found = torch.empty(len(self.lower), module.solve_block)
+        module.invert_diagonal_blocks(self.lower, found, native.n_threads())
+        return found
+
+
+@torch.library.custom_op("rep_fast::cholesky_solve", mutates_args=())
+def _cholesky_solve(lower: Tensor, inverses: Tensor, scale: Tensor, b: Tensor) -> Tensor:
+    """S L⁻ᵀ L⁻¹ S b, [M, n] float64; arguments as in `Factor`."""
+    _check_solve(lower, inverses, scale, b)
+    M, n = b.shape
+    chosen = choose("spd_solver", lower.device)
+    with recorded("spd_solver", chosen.name, flops=2 * M * M * n, bytes=2 * M * M * lower.itemsize + 2 * b.nbytes):
+        if chosen.module is None:
+            return _library_solve(lower, scale, b)
+        columns = b if b.stride(1) == 1 else b.contiguous()
+        x = torch.empty_like(columns, memory_format=torch.contiguous_format)
+        chosen.module.cholesky_solve(lower, inverses, scale, columns, x, chosen.level, native.n_threads())
+        return x
+
+
+@_cholesky_solve.register_fake
+def _(lower: Tensor, inverses: Tensor, scale: Tensor, b: Tensor) -> Tensor:
+    _check_solve(lower, inverses, scale, b)
+    return b.new_empty(b.shape)
+
+
+def _check_solve(lower: Tensor, inverses: Tensor, scale: Tensor, b: Tensor) -> None:
+    torch._check_value(
+        lower.dtype == inverses.dtype == torch.float32 and scale.dtype == b.dtype == torch.float64,
+        lambda: f"cholesky_solve: lower must be float32 and b float64, got {lower.dtype} and {b.dtype}",
+    )
+    torch._check_value(
+        b.dim() == 2 and len(lower) == len(b) == len(scale),
+        lambda: f"cholesky_solve: b must be ({len(lower)}, n), got {b.shape}",
+    )
+
+
+def _library_solve(lower: Tensor, scale: Tensor, b: Tensor) -> Tensor:
+    """S L⁻ᵀ L⁻¹ S b by LAPACK, on GPU by torch."""
+    scaled = b * scale.unsqueeze(1)
+    # float32 would flush small residuals to zero: solve for columns of size one
+    sizes = scaled.abs().amax(dim=0).clamp_min(torch.finfo(torch.float64).tiny) if b.shape[1] else 1.0
+    scaled = (scaled / sizes).to(lower.dtype)
+    if b.shape[1] == 0:
+        solution = scaled
+    elif b.is_cuda:
+        solution = torch.cholesky_solve(scaled, lower)
+    else:
+        potrs = lapack.spotrs if lower.dtype == torch.float32 else lapack.dpotrs
+        # the row-major lower triangle is LAPACK's column-major upper one: no copy
+        solution = torch.from_numpy(potrs(lower.numpy().T, scaled.numpy(), lower=0)[0])
+    return (solution.double() * sizes * scale.unsqueeze(1)).contiguous()
 
 
 def factorise(matrix: Tensor, *, shift: float, precision: str) -> tuple[Factor | None, int]:
@@ -52,10 +106,12 @@ def factorise(matrix: Tensor, *, shift: float, precision: str) -> tuple[Factor |
     scale = torch.exp2(-torch.round(torch.log2(diagonal) / 2))
     dtype = _DTYPE_OF[precision]
     scaled = torch.empty_like(matrix, dtype=dtype, memory_format=torch.contiguous_format)
+    # in the wider precision of the two: |C_ij| ≤ 1 / (s_i s_j) keeps what is scaled once inside float32's range
+    factors = scale.to(torch.promote_types(matrix.dtype, dtype))
     for start in range(0, matrix.shape[0], 512):  # the lower triangle only: nothing else is read
         rows = slice(start, start + 512)
-        block = matrix[rows, : start + 512] * scale[rows].unsqueeze(1)  # float64, since scale is
-        scaled[rows, : start + 512] = block.mul_(scale[: start + 512])
+        block = matrix[rows, : start + 512] * factors[rows].unsqueeze(1)
+        scaled[rows, : start + 512] = block.mul_(factors[: start + 512])
     scaled.diagonal().copy_(diagonal * scale.square())
     lower, pivot = _factor_in_place(scaled)
     if lower is None:

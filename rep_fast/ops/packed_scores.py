@@ -14,6 +14,7 @@ from torch import Tensor
 from rep_fast.errors import HparamError, NonFiniteError
 from rep_fast.ops import native
 from rep_fast.ops.backend import Backend, choose_or_warn
+from rep_fast.ops.finite import is_finite
 from rep_fast.ops.profile import recorded
 
 SCORES = ("sum", "abs_sum", "l2", "gxw", "zabs")
@@ -113,9 +114,9 @@ def _check(x: Tensor, g: Tensor, score: str, nodes: str) -> None:
             f" and {g.shape[0]} on {g.device}"
         )
     for name, tensor in (("x", x), ("g", g)):
-        finite = torch.isfinite(tensor).all(dim=1)
-        if not bool(finite.all()):
-            raise NonFiniteError(f"packed_scores: {name} holds a NaN or infinity in row {int((~finite).nonzero()[0])}")
+        if not is_finite(tensor):
+            row = int((~torch.isfinite(tensor).all(dim=1)).nonzero()[0])
+            raise NonFiniteError(f"packed_scores: {name} holds a NaN or infinity in row {row}")
 
 
 def _gxw(
@@ -150,17 +151,18 @@ def _column_zabs(x: Tensor, g: Tensor) -> Tensor:
     G_ij − μ_i = Σ_t x_ti (g_tj − mean_j g_tj): centring g first leaves a plain product, and σ_i has no cancelling
     terms, unlike Σ G² − Mμ².
     """
-    wide, upstream = x.double(), g.double()
+    upstream = g.double()
     centred = upstream - upstream.mean(1, keepdim=True)  # [T, D_out]
     degrees = max(g.shape[1] - 1, 1)
+    wide = x.double()
     variance = ((centred @ centred.T) @ wide).mul_(wide).sum(0) / degrees  # [D_in]
     # what float64 rounding alone can leave in `variance` when row i of G is constant
-    largest = (wide.abs() * centred.norm(dim=1, keepdim=True)).sum(0).square() / degrees
+    largest = (centred.norm(dim=1) @ wide.abs()).square() / degrees
     floor = 8 * (g.shape[1] + x.shape[0]) * _EPS64 * largest
     inverse_sigma = torch.where(variance > floor, variance, 1.0).rsqrt() * (variance > floor)
     dtype = torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
-    scaled = (wide * inverse_sigma).to(dtype)  # [T, D_in]
-    return torch.ops.rep_fast.abs_product_sum(scaled, centred.to(dtype)) / x.shape[1]
+    scaled = wide.mul_(inverse_sigma) if wide is not x else wide * inverse_sigma  # [T, D_in]
+    return torch.ops.rep_fast.abs_product_sum(scaled.to(dtype), centred.to(dtype)) / x.shape[1]
 
 
 def _check_product(a: Tensor, b: Tensor) -> Tensor:

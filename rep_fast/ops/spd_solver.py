@@ -17,12 +17,14 @@ from torch import Tensor
 
 from rep_fast.errors import CorruptFileError, HparamError, NonFiniteError, SingularMomentError, SolverError
 from rep_fast.ops.cholesky import Factor, factorise
+from rep_fast.ops.finite import is_finite
+from rep_fast.ops.spd_residual import spd_residual
 from rep_fast.tensor_files import load_tensors, save_tensors
 
 PRECISIONS = ("fp32", "fp64")
 _KIND = "spd_solver"
 _FORMAT = 1
-# rows of C that are widened to float64 at a time
+# rows of C that are looked at together before it is factored
 _TILE_ROWS = 512
 _MAX_REFINEMENTS = 20
 _MAX_CG_STEPS = 400
@@ -137,16 +139,22 @@ class SpdSolver:
         unit = b / largest
         lengths = unit.norm(dim=0)
         unit /= torch.where(lengths > 0, lengths, 1.0)
-        x, method, iterations = self._refine(unit)
-        worst = self._residual(unit, x)[1]
-        if worst > self.tolerance and method != "refinement":
-            x, cg_steps = self._conjugate_gradients(unit, x)
-            method, iterations = "conjugate gradients", iterations + cg_steps
-            worst = self._residual(unit, x)[1]
+        x, rest, iterations = self._refine(unit)
+        worst, method = _worst(rest), "refinement"
+        if worst > self.tolerance:
+            x, rest, cg_steps = self._conjugate_gradients(unit, x, rest)
+            worst, method, iterations = _worst(rest), "conjugate gradients", iterations + cg_steps
         self.report = replace(self.report, method=method, iterations=iterations, residual=worst)
         if not worst <= self.tolerance:
             raise SolverError(self._not_reached(unit, x, worst))
         return x * lengths * largest
+
+    def solve_roughly(self, right_hand_sides: Tensor) -> Tensor:
+        """C⁻¹B by the factor alone, [M, n] float64: no refinement, and no residual is measured.
+
+        With a float32 factor the relative error is of the order of condition · 2⁻²⁴. Raises and arguments as `solve`.
+        """
+        return self._factor.solve(self._checked_right_hand_sides(right_hand_sides))
 
     def similarity(self, left: Tensor, right: Tensor) -> Tensor:
         """Whitened similarity AᵀC⁻¹B of the columns of A [M, a] and B [M, b]: [a, b] float64.
@@ -202,56 +210,50 @@ class SpdSolver:
             )
         if b.device != self.second_moment.device:
             raise HparamError(f"SpdSolver: right-hand sides are on {b.device}, C is on {self.second_moment.device}")
-        finite = torch.isfinite(b).all(dim=1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
+        if not is_finite(b):
+            row = int((~torch.isfinite(b).all(dim=1)).nonzero()[0])
             raise NonFiniteError(f"SpdSolver: right-hand sides hold a NaN or infinity in row {row}")
         return b.detach().double()
 
-    def _product(self, x: Tensor) -> Tensor:
-        """(C + shift·I) x in float64; C is widened a few rows at a time."""
-        tiles = [rows.double() @ x for rows in self.second_moment.split(_TILE_ROWS)]
-        return torch.cat(tiles).add_(x, alpha=self._shift)
+    def _residual(self, unit: Tensor, x: Tensor) -> Tensor:
+        """b − (C + shift·I) x in float64."""
+        return spd_residual(self.second_moment, self._shift, x, unit)
 
-    def _residual(self, unit: Tensor, x: Tensor) -> tuple[Tensor, float]:
-        """b − Cx and its worst column norm; the columns of `unit` have norm 1 (or 0)."""
-        rest = unit - self._product(x)
-        norms = rest.norm(dim=0)
-        return rest, float(norms.max()) if norms.numel() else 0.0
-
-    def _refine(self, unit: Tensor) -> tuple[Tensor, str, int]:
-        """Iterative refinement until the tolerance holds or a step gains less than a factor of two."""
+    def _refine(self, unit: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Iterative refinement until the tolerance holds or a step gains less than a factor of two: x, rest, steps."""
         x = self._factor.solve(unit)
-        rest, worst = self._residual(unit, x)
-        for step in range(_MAX_REFINEMENTS):
+        rest = self._residual(unit, x)
+        worst = _worst(rest)
+        for step in range(1, _MAX_REFINEMENTS + 1):
             if worst <= self.tolerance:
-                return x, "refinement", step
-            candidate = x + self._factor.solve(rest)
-            next_rest, next_worst = self._residual(unit, candidate)
+                return x, rest, step - 1
+            candidate = self._factor.solve(rest).add_(x)
+            next_rest = self._residual(unit, candidate)
+            next_worst = _worst(next_rest)
             if not next_worst < worst:
-                return x, "stalled", step + 1
+                return x, rest, step
             stalls = next_worst > 0.5 * worst
             x, rest, worst = candidate, next_rest, next_worst
             if stalls:
                 break
-        return x, "refinement" if worst <= self.tolerance else "stalled", step + 1
+        return x, rest, step
 
-    def _conjugate_gradients(self, unit: Tensor, start: Tensor) -> tuple[Tensor, int]:
-        """Flexible conjugate gradients on all columns at once; keeps the best iterate of each column.
+    def _conjugate_gradients(self, unit: Tensor, start: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Flexible conjugate gradients on all columns at once: the best iterate of each column, its rest, steps.
 
         The preconditioner is rounded differently at every step, hence the Polak–Ribière form of β.
         """
         x, best = start.clone(), start.clone()
-        rest = unit - self._product(x)
         best_norms = rest.norm(dim=0)
         z = self._factor.solve(rest)
         direction, rz = z, (rest * z).sum(0)
+        nothing = torch.zeros_like(unit)
         for step in range(1, _MAX_CG_STEPS + 1):
-            image = self._product(direction)
+            image = self._residual(nothing, direction).neg_()
             alpha = _ratio(rz, (direction * image).sum(0))
             x = x + alpha * direction
             # the true residual: the recurrence drifts away from it exactly where the system is hard
-            new_rest = unit - self._product(x) if step % 8 == 0 else rest - alpha * image
+            new_rest = self._residual(unit, x) if step % 8 == 0 else rest - alpha * image
             norms = new_rest.norm(dim=0)
             better = norms < best_norms
             best, best_norms = torch.where(better, x, best), torch.where(better, norms, best_norms)
@@ -261,7 +263,7 @@ class SpdSolver:
             beta = _ratio((new_z * (new_rest - rest)).sum(0), rz)
             direction = new_z + beta * direction
             rest, rz = new_rest, (new_rest * new_z).sum(0)
-        return best, step
+        return best, self._residual(unit, best), step
 
     def _not_reached(self, unit: Tensor, x: Tensor, worst: float) -> str:
         norm = float(torch.linalg.vector_norm(self.second_moment))
@@ -272,6 +274,11 @@ class SpdSolver:
             f" (float64 rounding alone allows about {floor:.0e} here);"
             f" {_MORE_TOKENS}, or in Python add ridge= or accept a larger tolerance="
         )
+
+
+def _worst(rest: Tensor) -> float:
+    """Largest column norm: the relative residual, since columns are solved for at norm 1 (or 0)."""
+    return float(rest.norm(dim=0).max()) if rest.numel() else 0.0
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

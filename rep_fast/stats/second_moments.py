@@ -178,7 +178,9 @@ class SecondMoments:
         place = self.device if device is None else torch.device(device)
         key = (layer, ridge, precision, place)
         if key not in self._solvers:
-            moment, count = self.second_moment(layer).to(place), self._counts[layer]
+            # in the precision it was kept in: the solver widens tile by tile where it needs float64
+            triangle, count = self._triangle(layer), self._counts[layer]
+            moment = unpacked(triangle, dtype=triangle.dtype).to(place)
             chosen = ("auto" if count >= moment.shape[0] else None) if ridge is None else ridge
             solver = SpdSolver.factor(moment, precision=precision, ridge=chosen, token_count=count)
             if ridge is None and solver.report.ridge:

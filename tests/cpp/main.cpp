@@ -18,6 +18,9 @@ int main(int argc, char** argv) {
         tests::test_dither(static_cast<CpuLevel>(level));
         tests::test_ceilings(static_cast<CpuLevel>(level));
         tests::test_gated_adapter(static_cast<CpuLevel>(level));
+        tests::test_accumulate_moment(static_cast<CpuLevel>(level));
+        tests::test_packed_scores(static_cast<CpuLevel>(level));
+        tests::test_spd_solver(static_cast<CpuLevel>(level));
         std::printf("%s: passed\n", cpu_level_name(static_cast<CpuLevel>(level)));
     }
     return 0;

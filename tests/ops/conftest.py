@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import mmap
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from rep_fast.ops import native
 
@@ -34,3 +37,22 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def before_unreadable_page() -> Callable[[Tensor], Tensor]:
+    """Makes a copy of a tensor whose last element ends at a page that may not be read."""
+
+    def copied(values: Tensor) -> Tensor:
+        n_bytes = values.numel() * values.element_size()
+        n_pages = -(-n_bytes // mmap.PAGESIZE)
+        memory = mmap.mmap(-1, (n_pages + 1) * mmap.PAGESIZE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + n_pages * mmap.PAGESIZE
+        libc = ctypes.CDLL(None, use_errno=True)
+        no_access = 0
+        assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
+        offset = n_pages * mmap.PAGESIZE - n_bytes
+        copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset).view(values.shape)
+        return copy.copy_(values)
+
+    return copied

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,8 +16,8 @@ from rep_fast.reference import packed_scores as reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed_scores. the plain torch body serves")
 
-# (tokens, D_in, D_out): ones, primes, beside the panel of 48 columns and the blocks of 64 tokens
-SHAPES = ((1, 1, 1), (1, 5, 7), (2, 47, 49), (63, 13, 48), (65, 96, 17), (129, 97, 50))
+# (tokens, D_in, D_out): ones, primes, beside the panel of 48 columns, the 192 of a task and the blocks of 128 tokens
+SHAPES = ((1, 1, 1), (1, 5, 7), (2, 47, 49), (63, 13, 48), (65, 96, 17), (127, 7, 191), (129, 97, 193), (257, 3, 50))
 
 
 def random_pair(T: int, d_in: int, d_out: int, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple:
@@ -88,6 +90,39 @@ def test_constant_rows_contribute_nothing(level: str) -> None:
     found = packed_scores(x.double(), g.double(), score="zabs").columns
     only = packed_scores(x[:, 1:].double(), g.double(), score="zabs").columns
     torch.testing.assert_close(found, only / 2, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (65, 49, 95), (129, 5, 48)], ids=str)
+def test_reads_nothing_beyond_the_inputs(
+    level: str, shape: tuple[int, int, int], before_unreadable_page: Callable[[Tensor], Tensor]
+) -> None:
+    x, g = random_pair(*shape, dtype=torch.float32)
+    guarded = torch.ops.rep_fast.abs_product_sum(before_unreadable_page(x), before_unreadable_page(g))
+    want = (x.double().T @ g.double()).abs().sum(0)
+    bound = (shape[0] + 48) * 2.0**-24 * (x.double().abs().T @ g.double().abs()).sum(0)
+    assert bool(((guarded - want).abs() <= bound).all())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31), T=st.integers(1, 9))
+def test_order_of_tokens_and_of_nodes(seed: int, T: int) -> None:
+    """Permuting the tokens changes nothing, permuting the nodes permutes their scores."""
+    x, g = random_pair(T, 9, 11, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokens, nodes = torch.randperm(T, generator=generator), torch.randperm(11, generator=generator)
+    plain = packed_scores(x, g, score="zabs").columns
+    torch.testing.assert_close(packed_scores(x[tokens], g[tokens], score="zabs").columns, plain, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(packed_scores(x, g[:, nodes], score="zabs").columns, plain[nodes], rtol=1e-9, atol=1e-9)
+
+
+def test_moments_survive_a_mean_far_above_the_deviation(level: str) -> None:
+    """|μ| = 1e5·σ: Σ G² − M μ² would lose all digits in float32 and ten in float64."""
+    x, g = random_pair(3, 30, 40)
+    g = g + 1e5 * torch.ones(3, 1, dtype=torch.float64)
+    columns, rows = reference.packed_scores(x, g, score="zabs")
+    found = packed_scores(x, g, score="zabs")
+    torch.testing.assert_close(found.columns, columns, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.rows, rows, rtol=1e-8, atol=1e-8)
 
 
 def test_bits_do_not_depend_on_threads(level: str, threads: None) -> None:

@@ -41,7 +41,7 @@ def residual(C: Tensor, x: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("M", [1, 2, 17, 255, 513])
-def test_residual_is_reached_and_reported(M: int, dtype: torch.dtype, precision: str) -> None:
+def test_residual_is_reached_and_reported(level: str, M: int, dtype: torch.dtype, precision: str) -> None:
     C = moment_of_condition(M, 1e4).to(dtype)
     solver = SpdSolver.factor(C, precision=precision)
     b = random_columns(M, 3)
@@ -88,6 +88,27 @@ def test_conjugate_gradients_take_over_where_refinement_stalls() -> None:
     assert (solver.report.precision, solver.report.method) == ("fp32", "conjugate gradients")
     assert solver.report.iterations > 0
     assert residual(C, x, b) <= 3e-9
+
+
+def test_backward_error_of_float64_at_condition_1e6(level: str) -> None:
+    """‖CX − B‖ / (‖C‖‖X‖ + ‖B‖) ≤ 1e-13 with C and its factor in float32."""
+    C = moment_of_condition(300, 1e6).float()
+    solver = SpdSolver.factor(C)
+    b = random_columns(300, 4)
+    x = solver.solve(b)
+    size = C.double().norm() * x.norm() + b.norm()
+    assert solver.report.precision == "fp32"
+    assert float((C.double() @ x - b).norm() / size) <= 1e-13
+
+
+def test_the_factor_alone_gives_float32_accuracy(level: str) -> None:
+    C = moment_of_condition(200, 100)
+    b = random_columns(200, 3)
+    found = SpdSolver.factor(C).solve_roughly(b)
+    want = reference.solve(C, b)
+    assert float((found - want).norm() / want.norm()) <= 100 * 200 * 2.0**-24
+    with pytest.raises(NonFiniteError, match="row 0"):
+        SpdSolver.factor(C).solve_roughly(b * float("inf"))
 
 
 def test_a_residual_above_the_tolerance_is_never_returned() -> None:

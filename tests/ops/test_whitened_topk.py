@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
-import mmap
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -279,23 +278,11 @@ def test_reads_every_finite_16_bit_pattern(level: str, dtype: torch.dtype) -> No
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-def before_unreadable_page(values: Tensor) -> Tensor:
-    """A copy of `values` whose last element ends at a page that may not be read."""
-    n_bytes = values.numel() * values.element_size()
-    n_pages = -(-n_bytes // mmap.PAGESIZE)
-    memory = mmap.mmap(-1, (n_pages + 1) * mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + n_pages * mmap.PAGESIZE
-    libc = ctypes.CDLL(None, use_errno=True)
-    no_access = 0
-    assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
-    offset = n_pages * mmap.PAGESIZE - n_bytes
-    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset).view(values.shape)
-    return copy.copy_(values)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "m", "width"), [(7, 17, 257), (1, 1, 1), (97, 3, 9), (5, 16, 31)])
-def test_reads_nothing_beyond_the_tensors(level: str, dtype: torch.dtype, n: int, m: int, width: int) -> None:
+def test_reads_nothing_beyond_the_tensors(
+    level: str, dtype: torch.dtype, n: int, m: int, width: int, before_unreadable_page: Callable[[Tensor], Tensor]
+) -> None:
     keys, queries = (before_unreadable_page(t) for t in random_block(n, m, width, dtype=dtype))
     tokens = before_unreadable_page(torch.arange(n))
     rule = LastTokenExclusion(tokens, torch.tensor([0]), before_unreadable_page(torch.arange(m)), window=1)

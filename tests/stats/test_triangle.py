@@ -8,7 +8,7 @@ import torch
 from rep_fast.stats.triangle import packed, unpacked, width_of
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 17])
+@pytest.mark.parametrize("width", [1, 2, 3, 17, 511, 513, 1025])
 def test_packing_and_unpacking_are_inverse(width: int) -> None:
     matrix = torch.randn(width, width, dtype=torch.float64)
     matrix = matrix + matrix.T
@@ -16,6 +16,7 @@ def test_packing_and_unpacking_are_inverse(width: int) -> None:
     assert triangle.shape == (width * (width + 1) // 2,)
     assert width_of(triangle) == width
     assert torch.equal(unpacked(triangle), matrix)
+    assert torch.equal(unpacked(triangle, dtype=torch.float32), matrix.float())
 
 
 def test_rows_of_the_lower_triangle_one_after_another() -> None:
