@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "core/error.h"
+#include "core/huge_pages.h"
 #include "key_arg.h"
 #include "tensor_arg.h"
 
@@ -27,11 +28,17 @@ void run(const py::object& keys, const py::object& total, const std::string& pre
     accumulate_moment(rows, sum, products, static_cast<CpuLevel>(level), n_threads);
 }
 
+void make_huge(const py::object& total) {
+    const auto sum = TensorArg(total, "total").matrix<double>();
+    prefer_huge_pages(sum.data, static_cast<std::size_t>(sum.rows * sum.row_stride) * sizeof(double));
+}
+
 }  // namespace
 
 void bind_accumulate_moment(py::module_& m) {
     using namespace py::literals;
     m.def("accumulate_moment", run, "keys"_a, "total"_a, "precision"_a, "level"_a, "n_threads"_a);
+    m.def("prefer_huge_pages", make_huge, "total"_a);
     register_bodies(m, "accumulate_moment", accumulate_moment_table());
 }
 

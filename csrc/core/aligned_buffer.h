@@ -1,12 +1,12 @@
 // Scratch floats that start on a cache line: a 64-byte load that straddles two lines costs two.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <new>
+
+#include "core/huge_pages.h"
 
 namespace rep_fast {
 
@@ -19,17 +19,13 @@ class AlignedBuffer {
             const std::align_val_t alignment{n_bytes < kHugePage ? kLine : kHugePage};
             data_ = Memory(static_cast<float*>(::operator new(n_bytes, alignment)), Release{alignment});
             capacity_ = n;
-            if (n_bytes >= kHugePage) {
-                // a wish: panels that pass again and again would miss the buffer of page translations
-                ::madvise(data_.get(), n_bytes, MADV_HUGEPAGE);
-            }
+            prefer_huge_pages(data_.get(), n_bytes);
         }
         return data_.get();
     }
 
   private:
     static constexpr std::size_t kLine = 64;
-    static constexpr std::size_t kHugePage = std::size_t{2} << 20;
     struct Release {
         std::align_val_t alignment;
         void operator()(float* data) const { ::operator delete(data, alignment); }

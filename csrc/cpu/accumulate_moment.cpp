@@ -48,31 +48,28 @@ std::vector<Square> lower_squares(std::int64_t n_panels) {
     return squares;
 }
 
-// One tile's place in the total, the part on and below the diagonal.
-struct LowerTile {
-    const MatrixView<double>& total;
-    std::int64_t row0, col0;
-
-    std::int64_t n_rows() const { return std::min(kPanel, total.rows - row0); }
-    std::int64_t n_cols(std::int64_t i) const { return std::min(kPanel, row0 + i - col0 + 1); }
-    double* row(std::int64_t i) const { return total.row(row0 + i) + col0; }
-
-    void prefetch() const {
-        for (std::int64_t i = 0; i < n_rows(); ++i) {
-            for (std::int64_t j = 0; j < n_cols(i); j += 8) {  // a line each
-                __builtin_prefetch(row(i) + j, 1, 2);
+// Adds what lies on and below the diagonal of one panel of rows, tiles side by side from column panel `col` on: row by
+// row, so that the total is read in pieces of kSquare panels (3 KB) and the next one is asked for in time.
+void add_rows(const float* tiles, std::int64_t row_panel, std::int64_t col_panel, std::int64_t n_tiles,
+              const MatrixView<double>& total) {
+    const std::int64_t begin = col_panel * kPanel;
+    for (std::int64_t row = row_panel * kPanel; row < std::min((row_panel + 1) * kPanel, total.rows); ++row) {
+        const std::int64_t end = std::min(begin + n_tiles * kPanel, row + 1);
+        if (row + 1 < total.rows) {
+            for (std::int64_t col = begin; col < end; col += 8) {  // a line each
+                __builtin_prefetch(total.row(row + 1) + col, 1, 2);
+            }
+        }
+        const float* from = tiles + (row - row_panel * kPanel) * kPanel;
+        for (std::int64_t col = begin; col < end; col += kPanel, from += kTile) {
+            double* const to = total.row(row) + col;
+            const std::int64_t n = std::min(kPanel, end - col);
+            for (std::int64_t j = 0; j < n; ++j) {
+                to[j] += static_cast<double>(from[j]);
             }
         }
     }
-
-    void add(const float* tile) const {
-        for (std::int64_t i = 0; i < n_rows(); ++i) {
-            for (std::int64_t j = 0; j < n_cols(i); ++j) {
-                row(i)[j] += static_cast<double>(tile[i * kPanel + j]);
-            }
-        }
-    }
-};
+}
 
 // What a task multiplies: float32 panels, or panels of pairs of bfloat16.
 template <class Element>
@@ -88,32 +85,22 @@ struct Panels {
 template <class Element>
 void do_square(const Panels<Element>& panels, const Square& square, float* tiles, const MatrixView<double>& total) {
     const std::int64_t row_end = std::min(square.row + kSquare, panels.n_panels);
-    const std::int64_t col_end = std::min(square.col + kSquare, panels.n_panels);
-    const auto for_each_tile = [&](const auto& work) {
-        float* tile = tiles;
-        for (std::int64_t row = square.row; row < row_end; ++row) {
-            for (std::int64_t col = square.col; col < std::min(col_end, row + 1); ++col) {
-                work(row, col, tile);
-                tile += kTile;
-            }
-        }
-    };
+    const auto n_tiles = [&](std::int64_t row) { return std::min(square.col + kSquare, row + 1) - square.col; };
     const std::int64_t piece = panels.block_depth * kPanel;
     const Element* block = panels.pieces;
     for (std::int64_t k = 0; k < panels.depth; k += panels.block_depth) {
         const std::int64_t depth = std::min(panels.block_depth, panels.depth - k);
-        const bool is_last = k + depth == panels.depth;
-        for_each_tile([&](std::int64_t row, std::int64_t col, float* tile) {
-            if (is_last) {  // the total comes from memory while the last products are made
-                LowerTile{total, row * kPanel, col * kPanel}.prefetch();
+        for (std::int64_t row = square.row; row < row_end; ++row) {
+            float* tile = tiles + (row - square.row) * kSquare * kTile;
+            for (std::int64_t i = 0; i < n_tiles(row); ++i, tile += kTile) {
+                panels.product(block + row * piece, block + (square.col + i) * piece, depth, tile, k == 0);
             }
-            panels.product(block + row * piece, block + col * piece, depth, tile, k == 0);
-        });
+        }
         block += panels.n_panels * piece;
     }
-    for_each_tile([&](std::int64_t row, std::int64_t col, const float* tile) {
-        LowerTile{total, row * kPanel, col * kPanel}.add(tile);
-    });
+    for (std::int64_t row = square.row; row < row_end; ++row) {
+        add_rows(tiles + (row - square.row) * kSquare * kTile, row, square.col, n_tiles(row), total);
+    }
 }
 
 struct Packing {
@@ -128,9 +115,9 @@ struct Packing {
         const std::int64_t piece = kPanelDepth / tokens_of_element * kPanel;
         const std::int64_t n_blocks = (n_rows + kPanelDepth - 1) / kPanelDepth;
         auto* const pieces = reinterpret_cast<Element*>(buffer.reserve(n_blocks * n_panels * piece));
-        run_blocks(n_panels, n_threads, [&](std::int64_t panel, int) {
-            for (std::int64_t block = 0; block < n_blocks; ++block) {
-                const std::int64_t k = block * kPanelDepth;
+        run_blocks(n_blocks, n_threads, [&](std::int64_t block, int) {
+            const std::int64_t k = block * kPanelDepth;
+            for (std::int64_t panel = 0; panel < n_panels; ++panel) {
                 pack_one(k, std::min(kPanelDepth, n_rows - k), panel * kPanel,
                          pieces + (block * n_panels + panel) * piece);
             }

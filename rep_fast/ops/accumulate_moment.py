@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rep_fast.errors import BackendError, HparamError, NonFiniteError, SingularMomentError
 from rep_fast.ops import native
-from rep_fast.ops.backend import Backend, choose_or_warn
+from rep_fast.ops.backend import Backend, choose, choose_or_warn
 from rep_fast.ops.finite import is_finite
 from rep_fast.ops.profile import recorded
 
@@ -48,7 +48,11 @@ class MomentSum:
         """Empty sum for keys of width `key_dim`."""
         if key_dim < 1:
             raise HparamError(f"MomentSum: key width must be at least 1, got {key_dim}")
-        return cls(torch.zeros(key_dim, key_dim, dtype=torch.float64, device=device))
+        lower = torch.zeros(key_dim, key_dim, dtype=torch.float64, device=device)
+        chosen = choose(_NAME, lower.device)
+        if chosen.module is not None:
+            chosen.module.prefer_huge_pages(lower)
+        return cls(lower)
 
     @property
     def key_dim(self) -> int:
