@@ -90,15 +90,29 @@ def test_conjugate_gradients_take_over_where_refinement_stalls() -> None:
     assert residual(C, x, b) <= 3e-9
 
 
-def test_backward_error_of_float64_at_condition_1e6(level: str) -> None:
-    """‖CX − B‖ / (‖C‖‖X‖ + ‖B‖) ≤ 1e-13 with C and its factor in float32."""
-    C = moment_of_condition(300, 1e6).float()
+@pytest.mark.parametrize("condition", [10, 1e6, 3e7])
+def test_backward_error_of_float64(level: str, condition: float) -> None:
+    """‖Cx − b‖ ≤ 1e-13·(‖C‖‖x‖ + ‖b‖) with C and its factor in float32, in fewer steps than the residual takes."""
+    C = moment_of_condition(300, condition).float()
     solver = SpdSolver.factor(C)
-    b = random_columns(300, 4)
-    x = solver.solve(b)
-    size = C.double().norm() * x.norm() + b.norm()
+    b = 1e-30 * random_columns(300, 4)
+    x = solver.solve(b, backward_error=1e-13)
+    steps = solver.report.iterations
+    size = C.double().norm() * x.norm(dim=0) + b.norm(dim=0)
+    assert bool(((C.double() @ x - b).norm(dim=0) <= 1.01e-13 * size).all())
     assert solver.report.precision == "fp32"
-    assert float((C.double() @ x - b).norm() / size) <= 1e-13
+    assert solver.report.residual == pytest.approx(residual(C, x, b), rel=0.1, abs=1e-13)
+    if condition == 1e6:
+        solver.solve(b)
+        assert steps < solver.report.iterations
+
+
+def test_a_backward_error_that_is_not_reached_is_refused() -> None:
+    solver = SpdSolver.factor(moment_of_condition(50, 1e4))
+    with pytest.raises(SolverError, match=r"above the backward error 1\.0e-20 .* accept a larger backward_error="):
+        solver.solve(random_columns(50, 1), backward_error=1e-20)
+    with pytest.raises(HparamError, match=r"backward_error must be positive, got 0\.0"):
+        solver.solve(random_columns(50, 1), backward_error=0.0)
 
 
 def test_the_factor_alone_gives_float32_accuracy(level: str) -> None:
