@@ -15,7 +15,7 @@ from rep_fast.cli.screen import opened
 from rep_fast.errors import FingerprintError, MissingFileError
 
 if TYPE_CHECKING:
-    from rep_fast.edits import Edit, EditStack
+    from rep_fast.edits import Edit, EditStack, ModuleEdit
     from rep_fast.edits.comparing import EditComparison
 
 app = typer.Typer(no_args_is_help=True, help="Saved edits: show, list, diff, stack, undo, ask.")
@@ -191,20 +191,7 @@ def _facts(edit: Edit) -> str:
 
 
 def _described(edit: Edit) -> dict[str, Any]:
-    modules = [
-        {
-            "layer": module.layer,
-            "linear": module.linear,
-            "delta": None if module.delta is None else module.delta.kind,
-            "shape": None if module.delta is None else list(module.delta.shape),
-            "numbers": 0 if module.delta is None else sum(part.numel() for part in module.delta.parts().values()),
-            "adapters": [
-                {"tau": adapter.tau, "rank": adapter.rank, "trained_for": list(adapter.trained_for)}
-                for adapter in module.adapters
-            ],
-        }
-        for module in edit.modules
-    ]
+    modules = [_described_module(module) for module in edit.modules]
     facts = [{"prompt": fact.prompt, "subject": fact.subject, "target_new": fact.target_new} for fact in edit.facts]
     return {
         "method": edit.method,
@@ -216,13 +203,30 @@ def _described(edit: Edit) -> dict[str, Any]:
     }
 
 
+def _described_module(module: ModuleEdit) -> dict[str, Any]:
+    changes = [change for change in (module.delta, module.replacement) if change is not None]
+    return {
+        "layer": module.layer,
+        "linear": module.linear,
+        "delta": None if module.delta is None else module.delta.kind,
+        "replacement": None if module.replacement is None else module.replacement.kind,
+        "shape": list(changes[0].shape) if changes else None,
+        "numbers": sum(part.numel() for change in changes for part in change.parts().values()),
+        "adapters": [
+            {"tau": adapter.tau, "rank": adapter.rank, "trained_for": list(adapter.trained_for)}
+            for adapter in module.adapters
+        ],
+    }
+
+
 def _modules_table(modules: list[dict[str, Any]]) -> Table:
     table = Table("layer", "module", "change", "of a weight", "stored numbers", "adapters")
     for module in modules:
         shape = "–" if module["shape"] is None else " × ".join(map(str, module["shape"]))
         adapters = ", ".join(f"rank {one['rank']}, τ {one['tau']}" for one in module["adapters"]) or "–"
         numbers = f"{module['numbers']:,}"
-        table.add_row(str(module["layer"]), module["linear"], module["delta"] or "–", shape, numbers, adapters)
+        change = ", ".join(kind for kind in (module["delta"], module["replacement"]) if kind) or "–"
+        table.add_row(str(module["layer"]), module["linear"], change, shape, numbers, adapters)
     return table
 
 

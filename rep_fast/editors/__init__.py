@@ -10,6 +10,7 @@ from rep_fast.editors.alphaedit import AlphaEditHparams, alphaedit
 from rep_fast.editors.door import Editor, get, names
 from rep_fast.editors.emmet import EmmetHparams, emmet
 from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
+from rep_fast.editors.grace import GraceHparams, grace
 from rep_fast.editors.knowledge_neurons import KnowledgeNeuronsHparams, knowledge_neurons
 from rep_fast.editors.lora import LoraHparams, lora
 from rep_fast.editors.memit import MemitHparams, memit
@@ -19,6 +20,7 @@ from rep_fast.editors.rome import RomeHparams, closed_form, rome
 from rep_fast.editors.state import EditorState
 from rep_fast.editors.value import OptimisedValue, optimise_value, optimise_values
 from rep_fast.editors.value_descent import ValueHparams
+from rep_fast.editors.wise import WiseHparams, wise
 
 __all__ = [
     "AlphaEditHparams",
@@ -26,6 +28,7 @@ __all__ = [
     "EditorState",
     "EmmetHparams",
     "FineTuningHparams",
+    "GraceHparams",
     "KnowledgeNeuronsHparams",
     "LoraHparams",
     "MemitHparams",
@@ -34,11 +37,13 @@ __all__ = [
     "PmetHparams",
     "RomeHparams",
     "ValueHparams",
+    "WiseHparams",
     "alphaedit",
     "closed_form",
     "emmet",
     "fine_tune",
     "get",
+    "grace",
     "knowledge_neurons",
     "lora",
     "memit",
@@ -48,4 +53,5 @@ __all__ = [
     "pac",
     "pmet",
     "rome",
+    "wise",
 ]

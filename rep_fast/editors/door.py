@@ -11,6 +11,7 @@ from rep_fast.editors.alphaedit import AlphaEditHparams, alphaedit, find_null_sp
 from rep_fast.editors.corpus_moments import factor_moments
 from rep_fast.editors.emmet import EmmetHparams, emmet
 from rep_fast.editors.fine_tuning import FineTuningHparams, fine_tune
+from rep_fast.editors.grace import GraceHparams, grace
 from rep_fast.editors.knowledge_neurons import KnowledgeNeuronsHparams, knowledge_neurons
 from rep_fast.editors.lora import LoraHparams, lora
 from rep_fast.editors.memit import MemitHparams, memit
@@ -18,6 +19,7 @@ from rep_fast.editors.pac import PacHparams, pac
 from rep_fast.editors.pmet import PmetHparams, pmet
 from rep_fast.editors.rome import RomeHparams, rome
 from rep_fast.editors.state import EditorState
+from rep_fast.editors.wise import WiseHparams, wise
 from rep_fast.edits import Edit
 from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
@@ -119,6 +121,8 @@ _EDITORS = {
     for editor in (
         Editor("rome", RomeHparams, rome),
         Editor("r-rome", RomeHparams, rome),
+        Editor("grace", GraceHparams, grace, takes=frozenset({"seed"}), is_batch=True),
+        Editor("wise", WiseHparams, wise, takes=frozenset({"templates", "seed"}), is_batch=True),
         *(Editor(name, FineTuningHparams, fine_tune, frozenset(), is_batch=True) for name in FINE_TUNING),
         Editor("lora", LoraHparams, lora, frozenset({"seed"}), is_batch=True),
         Editor("kn", KnowledgeNeuronsHparams, knowledge_neurons, frozenset({"templates"})),

@@ -10,18 +10,20 @@ from rep_fast.edits.delta import Delta
 from rep_fast.edits.dense import Dense
 from rep_fast.edits.edit import Edit, ModuleEdit
 from rep_fast.edits.low_rank import LowRank
+from rep_fast.edits.replacement import Replacement
 from rep_fast.edits.slices import Slices
-from rep_fast.errors import FingerprintError, HparamError
+from rep_fast.errors import FingerprintError, HparamError, LayerError
 
 
 def accumulate(edits: Sequence[Edit]) -> Edit:
     """One edit that does what these do when they are applied one after another.
 
-    Deltas of one kind keep it, mixtures become dense; adapters follow each other in the order of the edits. Vectors,
-    tensors and notes, which describe single updates, are left out; hyper-parameters go to `notes`.
+    Deltas of one kind keep it, mixtures become dense; adapters follow in the order of the edits; replacements act as
+    one. Vectors, tensors and notes, which describe single updates, are left out; hyper-parameters go to `notes`.
 
     Raises:
-        HparamError: no edits. FingerprintError: edits of different models. LayerError: deltas that do not fit.
+        HparamError: no edits, or replacements that do not follow one rule. FingerprintError: edits of different models.
+        LayerError: deltas that do not fit, or replacements of two kinds at one module.
     """
     if not edits:
         raise HparamError("there are no edits to accumulate; give at least one")
@@ -38,7 +40,8 @@ def accumulate(edits: Sequence[Edit]) -> Edit:
         parts = [module for edit in edits for module in edit.modules if module.place == (layer, linear)]
         deltas = [module.delta for module in parts if module.delta is not None]
         adapters = tuple(adapter for module in parts for adapter in module.adapters)
-        modules.append(ModuleEdit(layer, _sum(deltas), adapters, linear))
+        replacements = [module.replacement for module in parts if module.replacement is not None]
+        modules.append(ModuleEdit(layer, _sum(deltas), adapters, linear, replacement=_as_one(replacements, layer)))
     return Edit(
         facts=tuple(fact for edit in edits for fact in edit.facts),
         method="+".join(dict.fromkeys(edit.method for edit in edits)),
@@ -48,6 +51,15 @@ def accumulate(edits: Sequence[Edit]) -> Edit:
         notes={"accumulated": [{"method": edit.method, "hparams": dict(edit.hparams)} for edit in edits]},
         model_name=first.model_name,
     )
+
+
+def _as_one(replacements: Sequence[Replacement], layer: int) -> Replacement | None:
+    kinds = {type(replacement) for replacement in replacements}
+    if len(kinds) > 1:
+        raise LayerError(
+            f"a codebook and a side memory at layer {layer} cannot become one edit; stack the edits instead"
+        )
+    return kinds.pop().stacked(replacements) if kinds else None
 
 
 def _sum(deltas: Sequence[Delta]) -> Delta | None:

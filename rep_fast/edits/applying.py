@@ -6,11 +6,15 @@ alone and not on what was applied and undone before.
 
 hook: W k̂ + b + Δ k̂ with the delta's term in float32 (float64 for float64 models), whatever the weight's dtype.
 merge: Δ is added into the weight; a clean copy is kept while any merged edit is active. Adapters always run by hook.
+
+Replacements come last, on what the weight and all deltas make, in the order of the first active edit of each kind;
+those of one kind act as one (`Replacement.stacked`). They always run by hook, and are refused in mode "merge".
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +25,7 @@ from rep_fast.edits.delta import Delta
 from rep_fast.edits.dense import Dense
 from rep_fast.edits.key_adapter import KeyAdapter, adapted
 from rep_fast.edits.low_rank import LowRank
+from rep_fast.edits.replacement import Replacement
 from rep_fast.edits.slices import Slices
 from rep_fast.errors import FingerprintError, HparamError, LayerError
 from rep_fast.ops.gated_adapter import COMPOSITIONS
@@ -71,7 +76,8 @@ def apply_edit(lm: EditableLM, edit: Edit, mode: Mode, *, compose: Compose = "ch
     """Make `edit` active on top of those that are.
 
     Raises:
-        HparamError: unknown mode or composition, or another composition than that of an active edit.
+        HparamError: unknown mode or composition, another composition than that of an active edit, or a replacement that
+            is to be merged or does not go with those that are active.
         FingerprintError: the edit was made for another model.
         LayerError: a module of the edit does not fit the model, or its weight cannot be merged into.
     """
@@ -79,6 +85,8 @@ def apply_edit(lm: EditableLM, edit: Edit, mode: Mode, *, compose: Compose = "ch
         raise HparamError(f"mode {mode!r} is unknown; use 'hook' or 'merge'")
     check_fits(lm, edit)
     _check_compose(lm, edit, compose)
+    if mode == "merge":
+        check_mergeable(edit)
     modules: dict[Place, PatchedModule] = lm.active_edits[0]._modules if lm.active_edits else {}
     handle = AppliedEdit(lm, edit, mode, compose, modules)
     lm.active_edits.append(handle)
@@ -104,8 +112,9 @@ def check_fits(lm: EditableLM, edit: Edit) -> None:
     for module in edit.modules:
         lm.check_layer(module.layer)
         shape = lm.linear_shape(*module.place)
-        if module.delta is not None and module.delta.shape != shape:
-            raise LayerError(f"the delta of layer {module.layer} is {module.delta.shape}, the weight there is {shape}")
+        for name, change in (("delta", module.delta), ("replacement", module.replacement)):
+            if change is not None and change.shape != shape:
+                raise LayerError(f"the {name} of layer {module.layer} is {change.shape}, the weight there is {shape}")
         for adapter in module.adapters:
             if adapter.width != shape[1]:
                 raise LayerError(f"an adapter of layer {module.layer} takes keys of {adapter.width}, not {shape[1]}")
@@ -132,10 +141,47 @@ def _check_compose(lm: EditableLM, edit: Edit, compose: Compose) -> None:
         )
 
 
+def check_mergeable(edit: Edit) -> None:
+    """Refuse replacements, which no weight can hold.
+
+    Raises:
+        HparamError: the edit has one.
+    """
+    for module in edit.modules:
+        if module.replacement is not None:
+            raise HparamError(
+                f"the {module.replacement.kind} of layer {module.layer} decides for each prompt anew, which no weight "
+                "can hold; apply this edit with mode 'hook'"
+            )
+
+
+def replacements_at(lm: EditableLM, place: Place) -> list[Replacement]:
+    """The active replacements of one module, in the order of their edits."""
+    return [
+        module.replacement
+        for handle in lm.active_edits
+        for module in handle.edit.modules
+        if module.place == place and module.replacement is not None
+    ]
+
+
+@contextmanager
+def without_replacements(lm: EditableLM, place: Place) -> Iterator[None]:
+    """Inside, one module gives what its weight, deltas and adapters make: what a further replacement starts from."""
+    patched = lm.active_edits[0]._modules.get(place) if lm.active_edits else None
+    if patched is None:
+        yield
+        return
+    with patched.resting():
+        yield
+
+
 class PatchedModule:
     """One linear module with everything the active edits put around and into it."""
 
     def __init__(self, lm: EditableLM, place: Place) -> None:
+        self._lm = lm
+        self._place = place
         self._module: nn.Module = lm.linear(*place)
         stored = next(self._module.parameters())
         self._device = stored.device
@@ -145,14 +191,21 @@ class PatchedModule:
         self._adapters: list[KeyAdapter] = []
         self._compose: Compose = "chain"
         self._deltas: list[Delta] = []
+        self._replacements: list[Replacement] = []
         self._before: Any = None
         self._after: Any = None
 
     def hold(
-        self, adapters: Sequence[KeyAdapter], compose: Compose, added: Sequence[Delta], merged: Sequence[Delta]
+        self,
+        adapters: Sequence[KeyAdapter],
+        compose: Compose,
+        added: Sequence[Delta],
+        merged: Sequence[Delta],
+        replacements: Sequence[Replacement],
     ) -> None:
-        """Carry exactly these adapters, deltas by hook, and deltas in the weight; with none of them, be untouched."""
+        """Carry exactly these adapters, deltas by hook or in the weight, and replacements; with none, be untouched."""
         device, dtype = self._device, self._dtype
+        self._replacements = [kind.to(device=device, dtype=dtype) for kind in _stacked(replacements)]
         self._merge(merged)
         self._adapters = [adapter.to(device=device, dtype=dtype) for adapter in adapters]
         self._compose = compose
@@ -160,21 +213,42 @@ class PatchedModule:
         # a hook that stays is not made anew: it keeps its place among other people's hooks
         if self._adapters and self._before is None:
             self._before = self._module.register_forward_pre_hook(self._adapt)
-        if self._deltas and self._after is None:
-            self._after = self._module.register_forward_hook(self._add)
+        acts_after = bool(self._deltas or self._replacements)
+        if acts_after and self._after is None:
+            self._after = self._module.register_forward_hook(self._change)
         if not self._adapters and self._before is not None:
             self._before = self._before.remove()
-        if not self._deltas and self._after is not None:
+        if not acts_after and self._after is not None:
             self._after = self._after.remove()
 
     def _adapt(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (adapted(args[0], self._adapters, compose=self._compose), *args[1:])
 
-    def _add(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _change(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         total = output.to(self._dtype)
         for delta in self._deltas:
             total = total + delta.on_rows(args[0])
+        if self._replacements:
+            total = self._replaced(args[0].to(self._dtype), total)
         return total.to(output.dtype)
+
+    def _replaced(self, inputs: Tensor, output: Tensor) -> Tensor:
+        told = self._lm.forward_pass
+        for replacement in self._replacements:
+            decision = (self._place, replacement.kind)
+            if told.begins:
+                told.kept[decision] = replacement.decide(inputs, output, told)
+            output = replacement.replaced(inputs, output, told.kept[decision], told)
+        return output
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Replacements do not act inside."""
+        held, self._replacements = self._replacements, []
+        try:
+            yield
+        finally:
+            self._replacements = held
 
     @torch.no_grad()
     def _merge(self, deltas: Sequence[Delta]) -> None:
@@ -210,6 +284,14 @@ def _joined(deltas: Sequence[Delta]) -> list[Delta]:
     ]
 
 
+def _stacked(replacements: Sequence[Replacement]) -> list[Replacement]:
+    """One replacement per kind, in the order in which the kinds first appear."""
+    by_kind: dict[type[Replacement], list[Replacement]] = {}
+    for replacement in replacements:
+        by_kind.setdefault(type(replacement), []).append(replacement)
+    return [kind.stacked(made) for kind, made in by_kind.items()]
+
+
 def _rebuild(lm: EditableLM, modules: dict[Place, PatchedModule], places: Sequence[Place]) -> None:
     for place in dict.fromkeys(places):
         parts: list[tuple[AppliedEdit, ModuleEdit]] = [
@@ -222,6 +304,7 @@ def _rebuild(lm: EditableLM, modules: dict[Place, PatchedModule], places: Sequen
             compose=next((handle.compose for handle, module in parts if module.adapters), "chain"),
             added=[module.delta for handle, module in parts if handle.mode == "hook" and module.delta is not None],
             merged=[module.delta for handle, module in parts if handle.mode == "merge" and module.delta is not None],
+            replacements=replacements_at(lm, place),
         )
         if not parts:
             del modules[place]

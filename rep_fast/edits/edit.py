@@ -13,6 +13,7 @@ from torch import Tensor
 from rep_fast.edits.applying import AppliedEdit, Compose, Mode, apply_edit
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.key_adapter import KeyAdapter
+from rep_fast.edits.replacement import Replacement
 from rep_fast.errors import LayerError
 from rep_fast.facts import Fact
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ModuleEdit:
-    """What an edit does at one linear module of a layer: adapters on its input first, then the delta.
+    """What an edit does at one linear module of a layer: adapters on its input, then the delta, then the replacement.
 
     Args:
         layer: 0-based.
@@ -31,6 +32,7 @@ class ModuleEdit:
         linear: name of the module, see `EditableLM.linears`.
         vectors: what others need to know of this module's update, saved with the edit: k_star [M], the key it was
             written for, direction C⁻¹k*, response with ρ(k) = k·response, past keys of stateful editors …
+        replacement: what replaces the module's output for some prompts; None for most editors.
     Raises:
         LayerError: adapters at another module than the down-projection.
     """
@@ -40,6 +42,7 @@ class ModuleEdit:
     adapters: tuple[KeyAdapter, ...] = ()
     linear: str = "down"
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    replacement: Replacement | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapters", tuple(self.adapters))
@@ -105,14 +108,16 @@ class Edit:
         """Make the edit active in the model, on top of other active edits; `.undo()` takes it out again.
 
         Args:
-            mode: "hook" adds the delta's term beside the weight in float32; "merge" writes it into the weight.
+            mode: "hook" adds the delta's term beside the weight in float32; "merge" writes it into the weight, which a
+                replacement does not allow.
             compose: how the adapters of one layer act together (methods §6.5): "chain", each on what the one before
                 made of the key, "argmax", the most certain gate alone, or "sum", all on the native key. The same for
                 all active edits with adapters there.
         Raises:
             FingerprintError: it was made for another model.
             LayerError: it does not fit the model, or the weight cannot be merged into.
-            HparamError: unknown mode or composition, or another one than that of an active edit.
+            HparamError: unknown mode or composition, another one than that of an active edit, or a replacement that is
+                to be merged or does not go with those that are active.
         """
         return apply_edit(lm, self, mode, compose=compose)
 

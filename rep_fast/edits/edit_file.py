@@ -13,7 +13,8 @@ from rep_fast.edits.applying import check_fits
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.edit import Edit, ModuleEdit
 from rep_fast.edits.key_adapter import PARTS, KeyAdapter
-from rep_fast.edits.kinds import KINDS
+from rep_fast.edits.kinds import KINDS, REPLACEMENTS
+from rep_fast.edits.replacement import Replacement
 from rep_fast.errors import CorruptFileError, RepFastError
 from rep_fast.facts import Fact
 from rep_fast.ops.gated_adapter import AdapterWeights
@@ -69,16 +70,29 @@ def _describe_module(module: ModuleEdit, tensors: dict[str, Tensor]) -> dict[str
     """JSON description of a module edit; its tensors are put into `tensors` under names that hold its place."""
     prefix = f"layer.{module.layer}.{module.linear}"
     tensors |= {f"{prefix}.vector.{name}": vector for name, vector in module.vectors.items()}
-    delta: dict[str, Any] | None = None
-    if module.delta is not None:
-        tensors |= {f"{prefix}.{name}": part for name, part in module.delta.parts().items()}
-        delta = {"kind": module.delta.kind, **module.delta.settings()}
+    delta = _describe_change(module.delta, prefix, tensors)
+    replacement = _describe_change(module.replacement, f"{prefix}.replacement", tensors)
     adapters = []
     for number, adapter in enumerate(module.adapters):
         for part in PARTS:
             tensors[f"{prefix}.adapter.{number}.{part}"] = getattr(adapter.weights, part)
         adapters.append({"tau": adapter.tau, "trained_for": list(adapter.trained_for), "notes": dict(adapter.notes)})
-    return {"layer": module.layer, "linear": module.linear, "delta": delta, "adapters": adapters}
+    return {
+        "layer": module.layer,
+        "linear": module.linear,
+        "delta": delta,
+        "adapters": adapters,
+        "replacement": replacement,
+    }
+
+
+def _describe_change(
+    change: Delta | Replacement | None, prefix: str, tensors: dict[str, Tensor]
+) -> dict[str, Any] | None:
+    if change is None:
+        return None
+    tensors |= {f"{prefix}.{name}": part for name, part in change.parts().items()}
+    return {"kind": change.kind, **change.settings()}
 
 
 def _module(path: str | Path, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ModuleEdit:
@@ -93,19 +107,24 @@ def _module(path: str | Path, entry: Mapping[str, Any], tensors: Mapping[str, Te
         )
         for number, adapter in enumerate(entry["adapters"])
     )
-    return ModuleEdit(layer, _delta(path, entry, own), adapters, linear, _below("vector.", own))
+    delta = _change(path, entry, "delta", own, KINDS)
+    # files written before there were replacements say nothing of them
+    replacement = _change(path, entry, "replacement", _below("replacement.", own), REPLACEMENTS)
+    return ModuleEdit(layer, delta, adapters, linear, _below("vector.", own), replacement)
 
 
-def _delta(path: str | Path, entry: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Delta | None:
-    if entry["delta"] is None:
+def _change(
+    path: str | Path, entry: Mapping[str, Any], role: str, parts: Mapping[str, Tensor], kinds: Mapping[str, Any]
+) -> Any:
+    if entry.get(role) is None:
         return None
-    settings = dict(entry["delta"])
+    settings = dict(entry[role])
     kind = settings.pop("kind")
-    if kind not in KINDS:
+    if kind not in kinds:
         raise CorruptFileError(
-            f"{path} holds a delta of unknown kind {kind!r} at layer {entry['layer']}; update rep_fast"
+            f"{path} holds a {role} of unknown kind {kind!r} at layer {entry['layer']}; update rep_fast"
         )
-    return KINDS[kind].from_parts(parts, settings)
+    return kinds[kind].from_parts(parts, settings)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

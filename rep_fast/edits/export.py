@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from rep_fast.edits.applying import check_fits
+from rep_fast.edits.applying import check_fits, check_mergeable
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.edit import Edit, ModuleEdit
 from rep_fast.edits.low_rank import LowRank
@@ -32,6 +32,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def export_peft(edit: Edit, directory: str | Path, lm: EditableLM, *, without_adapters: bool = False) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`; see `Edit.export_peft`."""
     check_fits(lm, edit)
+    check_mergeable(edit)
     if not without_adapters:
         check_lasting(edit, "a LoRA adapter", "export with without_adapters=True to leave them out")
     factors = {lm.linear_name(*module.place): _factors(module) for module in edit.modules if module.delta is not None}

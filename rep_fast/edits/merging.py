@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rep_fast.edits.applying import check_fits
+from rep_fast.edits.applying import check_fits, check_mergeable
 from rep_fast.edits.edit import Edit
 from rep_fast.errors import HparamError
 
@@ -22,6 +22,7 @@ def merge_into(edit: Edit, lm: EditableLM) -> None:
             "them before merging one for good"
         )
     check_fits(lm, edit)
+    check_mergeable(edit)
     check_lasting(edit, "a weight", "apply the edit, or take them out with edit.with_adapters({layer: ()})")
     changes = [(lm.linear_weight(*module.place), module.delta) for module in edit.modules if module.delta is not None]
     with torch.no_grad():

@@ -48,6 +48,11 @@ class LayeredModel:
         return int(self.config.vocab_size)
 
     @property
+    def activation(self) -> str:
+        """Name of the MLP's activation function, as transformers spells it."""
+        return str(getattr(self.config, "hidden_act", None) or self.config.activation_function)
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the input embeddings."""
         return self.token_embeddings.device

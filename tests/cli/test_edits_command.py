@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+from rep_fast.edits import Codebook, Edit, ModuleEdit
+from rep_fast.facts import Fact
 
 
 @pytest.fixture
@@ -40,6 +44,20 @@ def test_show_list_and_diff(rep_fast, saved):
     same = rep_fast("edits", "diff", saved[0], saved[0], "--json").json
     assert same["modules"][0]["cosine"] == pytest.approx(1.0)
     assert same["only_first"] == same["only_second"] == []
+
+
+def test_what_replaces_outputs_is_shown_like_a_delta(rep_fast, tmp_path):
+    book = Codebook(torch.zeros(1, 6), torch.zeros(1, 4), ("Asia",), (1.0,))
+    fact = Fact("{} lies in", "Slovenia", "Asia", "Europe")
+    Edit((fact,), "grace", {}, "f" * 64, (ModuleEdit(2, replacement=book),)).save(tmp_path / "edit")
+    assert "codebook" in rep_fast("edits", "show", tmp_path / "edit").out
+    (module,) = rep_fast("edits", "show", tmp_path / "edit", "--json").json["modules"]
+    assert (module["delta"], module["replacement"], module["shape"], module["numbers"]) == (
+        None,
+        "codebook",
+        [4, 6],
+        10,
+    )
 
 
 def test_stack_ask_and_undo(rep_fast, saved, tiny_model, tmp_path):
