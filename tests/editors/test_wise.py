@@ -124,19 +124,26 @@ def test_the_threshold_is_what_routing_measures(build_lm: Callable[..., Editable
     lm = build_lm("llama", dtype=torch.float64)
     hparams = dataclasses.replace(HPARAMS, n_iter=60, edit_lr=0.2, weight_decay=0.0, mask_ratio=1.0)
     edit = wise(lm, [SHORT], hparams)
-    far = [(OTHER.text, OTHER.target_true)]
-    clean = score_targets(lm, far)
-    change = memory_of(edit).changes[0]
-    gaps: list[float] = []
-    for template in TEMPLATES:
-        kept = lm.read([template.replace("{}", SHORT.text)], [("key", 1), ("value", 1)])
-        key, value = (tensor[0] for tensor in kept.values())
-        gap = (plain_act(lm, value) - plain_act(lm, value + key @ change.T)).norm(dim=-1).mean()
-        gaps.append(float(gap.detach()))
-    assert memory_of(edit).gaps[0] == pytest.approx(sum(gaps) / len(gaps), rel=1e-9)
+    memory = memory_of(edit)
+
+    def gap_of(text: str) -> float:
+        kept = lm.read([text], [("key", 1), ("value", 1)])
+        key, value = (tensor[0].detach() for tensor in kept.values())
+        side = value + key @ memory.changes[0].T
+        return float((plain_act(lm, value) - plain_act(lm, side)).norm(dim=-1).mean())
+
+    gaps = [gap_of(template.replace("{}", SHORT.text)) for template in TEMPLATES]
+    assert memory.gaps[0] == pytest.approx(sum(gaps) / len(gaps), rel=1e-9)
     with edit.applied(lm):
         assert score_targets(lm, [(SHORT.text, SHORT.target_new)])[0].exact_match
-        assert score_targets(lm, far) == clean
+    # another prompt goes through the memory exactly when its own gap reaches the threshold
+    far = [(OTHER.text, OTHER.target_true)]
+    clean = score_targets(lm, far)
+    for share, is_routed in ((0.99, True), (1.01, False)):
+        rules = dataclasses.replace(memory.rules, act_ratio=share * gap_of(OTHER.text) / memory.gaps[0])
+        module = dataclasses.replace(edit.modules[0], replacement=dataclasses.replace(memory, rules=rules))
+        with dataclasses.replace(edit, modules=(module,)).applied(lm):
+            assert (score_targets(lm, far) != clean) == is_routed
 
 
 def test_edits_in_sequence_fill_one_memory_as_one_call_does(build_lm: Callable[..., EditableLM]) -> None:
