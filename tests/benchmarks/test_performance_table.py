@@ -1,0 +1,53 @@
+"""README's speeds are those of the committed CSV files."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "performance_table.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("performance_table", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_shows_what_the_files_hold(script: ModuleType) -> None:
+    readme = script.README.read_text()
+    assert readme == script.with_table(readme, script.table())
+
+
+def test_every_line_was_measured(script: ModuleType) -> None:
+    for line in script.LINES:
+        rows = script.rows_of(line.op, SCRIPT.parent / "results")
+        assert line.case in {row["case"] for row in rows}, line
+
+
+def rows_of_moments(*rows: str) -> str:
+    head = "op,case,provider,threads,median_s,share_of_ceiling,exact,cpu,versions,ceiling_fp32,ceiling_bf16"
+    return "\n".join([head, *(f"accumulate_moment,m4096,{row},Some CPU,torch 2,100,200" for row in rows)]) + "\n"
+
+
+def test_a_line_takes_the_fastest_of_ours_and_of_the_peers_with_the_same_result(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    ours = ("rep_fast avx2 fp32,1,0.4,0.5,True", "rep_fast avx512 fp32,1,0.2,0.7,True")
+    peers = ("torch bfloat16 matmul,1,0.3,0.4,False", "scipy ssyrk,1,1.5,,True")
+    (tmp_path / "accumulate_moment.csv").write_text(rows_of_moments(*ours, *peers))
+    made = script.table(tmp_path)
+    assert "| 200 ms (avx512 fp32) | 1.50 s (scipy ssyrk) | 7.50 | 70 % |" in made
+    assert "Some CPU, one thread; bare instructions reach float32 100 and bfloat16 200 Gop/s. torch 2." in made
+    assert len(made.splitlines()) == 5
+    (tmp_path / "accumulate_moment.csv").write_text(rows_of_moments(*ours, peers[0]))
+    assert "| 200 ms (avx512 fp32) | 300 ms (torch bfloat16 matmul, inexact) | 1.50 | 70 % |" in script.table(tmp_path)
