@@ -71,6 +71,9 @@ def evaluate(
         int | None,
         typer.Option("--evaluate-every", metavar="K", help="In sequential and cumulative: also after every K edits."),
     ] = None,
+    shuffle: Annotated[
+        bool, typer.Option("--shuffle", help="Let each seed shuffle the records before they are grouped.")
+    ] = False,
     keep_edits: Annotated[
         bool, typer.Option("--keep-edits", help="Leave the edits of a stacked regime in --out.")
     ] = False,
@@ -139,7 +142,7 @@ def evaluate(
             resume=resume,
             keep_edits=keep_edits,
             settings=described,
-            protocol=_protocol(bench, shown, generated=fluency or texts is not None),
+            protocol=_protocol(bench, shown, generated=fluency or texts is not None, shuffle=shuffle),
             references=texts,
             # what no key-side method can be expected to beat (methods §17)
             ceiling_of=methods[0] if ceiling else None,
@@ -186,12 +189,14 @@ def _shown_metrics(named: str | None, *, all_metrics: bool, generated: bool) -> 
     return names(named)
 
 
-def _protocol(bench: Workbench, shown: list[str] | None, *, generated: bool) -> Protocol:
+def _protocol(bench: Workbench, shown: list[str] | None, *, generated: bool, shuffle: bool) -> Protocol:
     """The preset's choices; texts are generated where they, or metrics of them, are asked for by name."""
     from rep_fast.evaluation import GENERATED, Protocol
     from rep_fast.evaluation.fluency import N_TOKENS
 
     protocol = Protocol.of_preset(bench.preset)
+    if shuffle:
+        protocol = dataclasses.replace(protocol, record_order="seed")
     if protocol.generated_tokens or not (generated or set(GENERATED) & set(shown or ())):
         return protocol
     return dataclasses.replace(protocol, generated_tokens=N_TOKENS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def evaluate_regime(
         work = Work(len(seeds) * sum(_work(regime, len(group), names) for group in regime.groups(cases)), progress)
         setting = Setting(lm, regime, protocol, scorer, run, work, keep_edits)
         for seed in seeds:
-            for number, group in enumerate(regime.groups(cases)):
+            for number, group in enumerate(regime.groups(_ordered(cases, seed, protocol))):
                 _evaluate_group(setting, group, columns, seed=seed, number=number, ceiling_of=ceiling_of)
         summary = Summary.of(_in_order(run, names, seeds, cases), settings=described)
         run.write_text("summary.json", summary.to_json())
@@ -149,6 +150,12 @@ def _evaluate_ceiling(setting: Setting, case: EditCase, seed: int, write: WriteS
     except CASE_ERRORS as error:
         record = CaseRecord(seed, case.case_id, failure=str(error), **labels)
     setting.keep(record)
+
+
+def _ordered(cases: Sequence[EditCase], seed: int, protocol: Protocol) -> Sequence[EditCase]:
+    if protocol.record_order == "file":
+        return cases
+    return random.Random(f"records/{seed}").sample(cases, len(cases))
 
 
 def _work(regime: Regime, n_cases: int, names: Sequence[str]) -> int:

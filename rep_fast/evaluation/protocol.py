@@ -22,6 +22,7 @@ class Protocol:
         shuffle_join: "decode" or "raw" (methods §8.2).
         mode: how edits are applied, "hook" or "merge".
         compose: how the adapters of stacked edits act together in a layer, "chain", "argmax" or "sum" (methods §6.5).
+        record_order: "file", or "seed": each seed shuffles the records before they are grouped (methods §10).
         generated_tokens: length of the texts that fluency and consistency are measured on, the prompt included; 0
             generates none, the papers take 100.
     """
@@ -33,6 +34,7 @@ class Protocol:
     shuffle_join: Literal["decode", "raw"] = "decode"
     mode: Literal["hook", "merge"] = "hook"
     compose: Literal["chain", "argmax", "sum"] = "chain"
+    record_order: Literal["file", "seed"] = "file"
     generated_tokens: int = 0
 
     @classmethod

@@ -182,8 +182,9 @@ def test_the_ceiling_is_a_column_of_its_own(rep_fast, command):
 def test_edits_are_stacked_and_asked_about_on_the_way(rep_fast, command, tmp_path):
     out = tmp_path / "run"
     done = rep_fast(
-        *command, "--rep", "--regime", "sequential", "--evaluate-every", "1", "--out", out, "--keep-edits", "--json"
-    )
+        *command, "--rep", "--regime", "sequential", "--evaluate-every", "1", "--out", out, "--keep-edits", "--json",
+        "--shuffle",
+    )  # fmt: skip
     assert done.code == 0, done.err
     found = done.json
     assert (found["regime"], found["n_edits"]) == ("sequential", 2)
@@ -192,6 +193,7 @@ def test_edits_are_stacked_and_asked_about_on_the_way(rep_fast, command, tmp_pat
         assert [points[n]["success"]["n"] for n in ("1", "2")] == [1, 2]
         assert points["2"]["success"] == found["metrics"][column]["success"]
     assert found["protocols"]["success"] == "REP"
+    assert json.loads((out / "settings.json").read_text())["protocol"]["record_order"] == "seed"
     assert len(list((out / "edits").rglob("*.safetensors"))) == 4
     assert "sequential,checkpoint,1,rome,success,REP," in (out / "summary.csv").read_text()
 

@@ -128,6 +128,19 @@ def test_the_protocol_says_how_edits_are_applied(tiny_llama64):
     assert seen == [("hook", "sum")]
 
 
+def test_seeds_may_order_the_records(tiny_llama64):
+    lm, orders = tiny_llama64, []
+    protocol = dataclasses.replace(PROTOCOL, record_order="seed")
+    for _ in range(2):
+        orders.append([])
+        columns = {"random": writer(lm, calls=orders[-1])}
+        evaluate(lm, "sequential:3", columns=columns, protocol=protocol, seeds=(0, 1))
+    first, second = orders[0][:N_CASES], orders[0][N_CASES:]
+    assert orders[0] == orders[1]
+    assert sorted(first) == sorted(second) == [(10,), (11,), (12,), (13,), (14,)]
+    assert first != second
+
+
 def test_groups_of_one_are_the_single_regime(tiny_llama64):
     lm = tiny_llama64
     single = evaluate_single(
