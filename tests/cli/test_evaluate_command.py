@@ -230,3 +230,12 @@ def test_the_table_shows_the_metrics_that_were_named(rep_fast, command):
     assert done.code == 0, done.err
     assert "path_score" in done.out
     assert "locality" not in done.out
+
+
+@pytest.mark.parametrize("regime", ["batch:2", "cumulative:1"])
+def test_batch_methods_write_several_records(rep_fast, command, regime):
+    command[command.index("rome")] = "memit"
+    done = rep_fast(*command, "--regime", regime, "--json")
+    assert done.code == 0, done.err
+    assert (done.json["regime"], done.json["n_edits"]) == (regime, 2)
+    assert done.json["metrics"]["memit"]["success"]["n"] == 2
