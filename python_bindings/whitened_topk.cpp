@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
 
 #include "bindings.h"
 #include "core/error.h"
+#include "cpu/query_packings.h"
 #include "cpu/whitened_topk_kernels.h"
 #include "key_arg.h"
 #include "tensor_arg.h"
@@ -29,7 +31,7 @@ py::tuple scan(const py::object& keys, const py::object& queries, const py::obje
                const py::object& query_dropped, std::int64_t first_id, const py::object& token_ids,
                const py::object& sequence_starts, const py::object& last_tokens, const py::object& lookback,
                std::int64_t window, const py::object& indptr, const py::object& subjects, const std::string& precision,
-               double delta, std::uint64_t seed, int level, int n_threads) {
+               double delta, std::uint64_t seed, QueryPackings* packings, int level, int n_threads) {
     const ScanInput input = {
         .keys = key_arg(keys, "keys"),
         .queries = TensorArg(queries, "queries").matrix<const float>(),
@@ -49,7 +51,7 @@ py::tuple scan(const py::object& keys, const py::object& queries, const py::obje
     ScanReport report;
     {
         const py::gil_scoped_release unlocked;
-        report = whitened_topk(input, state, static_cast<CpuLevel>(level), n_threads);
+        report = whitened_topk(input, state, static_cast<CpuLevel>(level), n_threads, packings);
     }
     return py::make_tuple(report.n_nonfinite_keys, report.first_nonfinite_key, report.n_rescored, report.pass_keys);
 }
@@ -58,10 +60,17 @@ py::tuple scan(const py::object& keys, const py::object& queries, const py::obje
 
 void bind_whitened_topk(py::module_& m) {
     register_bodies(m, "whitened_topk", whitened_topk_table());
+    m.attr("scan_passes") = py::cast(kScanPassNames);
+    py::class_<QueryPackings>(m, "QueryPackings")
+        .def(py::init([](const py::object& queries) {
+                 return std::make_unique<QueryPackings>(TensorArg(queries, "queries").matrix<const float>());
+             }),
+             py::keep_alive<1, 2>(), py::arg("queries"));
     m.def("whitened_topk", &scan, py::kw_only(), py::arg("keys"), py::arg("queries"), py::arg("scores"), py::arg("ids"),
           py::arg("query_dropped"), py::arg("first_id"), py::arg("token_ids"), py::arg("sequence_starts"),
           py::arg("last_tokens"), py::arg("lookback"), py::arg("window"), py::arg("indptr"), py::arg("subjects"),
-          py::arg("precision"), py::arg("delta"), py::arg("seed"), py::arg("level"), py::arg("n_threads"));
+          py::arg("precision"), py::arg("delta"), py::arg("seed"), py::arg("packings").none(true), py::arg("level"),
+          py::arg("n_threads"));
 }
 
 }  // namespace rep_fast::python

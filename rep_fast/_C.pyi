@@ -7,6 +7,10 @@ def resolve_level(cap: str) -> int: ...
 def level_name(level: int) -> str: ...
 
 body_levels: dict[str, list[int]]
+scan_passes: list[str]
+
+class QueryPackings:
+    def __init__(self, queries: Tensor) -> None: ...
 
 def whitened_topk(
     *,
@@ -26,6 +30,7 @@ def whitened_topk(
     precision: str,
     delta: float,
     seed: int,
+    packings: QueryPackings | None,
     level: int,
     n_threads: int,
 ) -> tuple[int, int, int, list[int]]: ...

@@ -93,7 +93,16 @@ def test_tensors_cross_without_the_exchange_table(module: Any) -> None:
             "query_dropped": torch.zeros(3, dtype=torch.bool),
         }
         empty = dict.fromkeys(("token_ids", "sequence_starts", "last_tokens", "lookback", "indptr", "subjects"))
-        rest = {"first_id": 0, "window": 0, "precision": "fp32", "delta": 1e-9, "seed": 0, "level": 0, "n_threads": 1}
+        rest = {
+            "first_id": 0,
+            "window": 0,
+            "precision": "fp32",
+            "delta": 1e-9,
+            "seed": 0,
+            "packings": None,
+            "level": 0,
+            "n_threads": 1,
+        }
         module.whitened_topk(**{name: wrap(tensor) for name, tensor in tensors.items()}, **empty, **rest)
         return scores, ids
 
@@ -117,7 +126,16 @@ def test_the_border_names_what_it_cannot_take(module: Any, keys: Any, message: s
     rest = dict.fromkeys((*names, "indptr", "subjects"))
     with pytest.raises(ValueError, match=message):
         module.whitened_topk(
-            keys=keys, **rest, first_id=0, window=0, precision="fp32", delta=1e-9, seed=0, level=0, n_threads=1
+            keys=keys,
+            **rest,
+            first_id=0,
+            window=0,
+            precision="fp32",
+            delta=1e-9,
+            seed=0,
+            packings=None,
+            level=0,
+            n_threads=1,
         )
 
 

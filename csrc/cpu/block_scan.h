@@ -22,7 +22,7 @@ namespace rep_fast {
 inline constexpr std::int64_t kBlockKeys = 32 * kTileKeys;  // widened: 209 KiB, stays in L2 while the panels pass
 inline constexpr std::int64_t kChunkQueries = 512;          // with kBlockKeys: 384 KiB of partial sums in L2
 inline constexpr std::int64_t kInt8Depth = 512;             // four panels of it, 32 KiB, stay in L1
-inline constexpr std::int64_t kQuantisedBytes = 3 << 18;    // of a block of quantised keys: 768 KiB stay in L2
+inline constexpr std::int64_t kQuantisedBytes = 1 << 19;    // of a block of quantised keys, which stays in L2
 
 // Keys of one block as the int8 pass multiplies them.
 struct QuantisedKeys {
@@ -38,19 +38,21 @@ struct QuantisedKeys {
 struct ScanWorker {
     ScanWorker(RunningHits& own_hits, std::int64_t n_padded_queries)
         : hits(own_hits),
-          widened(static_cast<std::size_t>(kBlockKeys * kWidenedStride)),
+          widened(static_cast<std::size_t>(kWidenedStride)),
           bounds(static_cast<std::size_t>(std::min(kChunkQueries, n_padded_queries))),
           survivors(bounds.size()),
-          candidates(std::ssize(bounds)) {}
+          candidates(n_padded_queries) {}
 
     RunningHits& hits;
-    std::vector<float> widened;
+    std::vector<float> widened;  // one row, or a block in the float32 pass
     AlignedBuffer score_buffer;
     std::vector<std::int32_t> sums;
     QuantisedKeys quantised;
     std::vector<float> bounds;  // of one key and a chunk of queries
     std::vector<std::int32_t> survivors;
     Candidates candidates;
+    std::int64_t rows_since_watched = 0;  // see watch_share
+    std::int64_t rescored_when_watched = 0;
     ScanReport report;
 };
 
@@ -75,6 +77,21 @@ class BlockScan {
     }
 
     std::int64_t n_blocks() const { return (keys_.rows + block_keys_ - 1) / block_keys_; }
+    // Scores what waits; once more after the last block.
+    void rescore(ScanWorker& worker) const {
+        worker.candidates.drain([&](std::int64_t query, std::int64_t row, float bound) {
+            if (bound < worker.hits.thresholds()[query] || query >= input_.queries.rows || !is_finite(query)) {
+                return false;
+            }
+            if (!is_excluded(input_, row, query)) {
+                const Hit hit = exact_hit(row, query, worker);
+                if (worker.hits.would_take(query, hit)) {
+                    worker.hits.take(query, hit);
+                }
+            }
+            return true;
+        });
+    }
     bool is_finite(std::int64_t query) const {
         return dithered_ != nullptr ? dithered_->is_finite(query) : packed_->is_finite(query);
     }
@@ -85,9 +102,7 @@ class BlockScan {
         const ScanPass pass = gave_up_ ? choice_.second : choice_.first;
         worker.report.pass_keys[static_cast<std::size_t>(pass)] += n_rows;
         if (pass == ScanPass::kInt8) {
-            const std::int64_t before = worker.report.n_rescored;
             scan_int8(begin, n_rows, worker);
-            watch_share(worker.report.n_rescored - before, begin, n_rows);
             return;
         }
         // made here when the int8 pass gave up
@@ -124,7 +139,7 @@ class BlockScan {
 
     // ---- float32 and bfloat16 ---------------------------------------------------------------------------------------
 
-    void scan_float(std::int64_t begin, std::int64_t n_rows, const PackedQueries& packed, ScanWorker& worker) const {
+    void scan_float(std::int64_t begin, std::int64_t n_rows, const PackedQueries& packed, ScanWorker& worker) {
         float* const scores = worker.score_buffer.reserve(kBlockKeys * std::ssize(worker.bounds));
         std::vector<double> squares(static_cast<std::size_t>(n_rows));
         std::vector<bool> usable(static_cast<std::size_t>(n_rows));
@@ -150,11 +165,11 @@ class BlockScan {
                         scores + row * n_queries, packed.margins() + chunk, worker.hits.thresholds() + chunk,
                         packed.key_norm(square), packed.underflow(), n_queries, worker.bounds.data(),
                         worker.survivors.data());
-                    collect(begin, row, chunk, n, worker);
+                    collect(begin + row, chunk, n, worker);
                 }
             }
-            rescore(begin, chunk, worker);
         }
+        finish_block(begin, n_rows, worker);
     }
 
     // squares: Σ k² of the block's rows, added up with the first chunk.
@@ -162,6 +177,7 @@ class BlockScan {
                           std::vector<double>& squares, float* scores, ScanWorker& worker) const {
         const std::int64_t n_rows = std::ssize(squares);
         const std::int64_t n_tiles = (n_rows + kTileKeys - 1) / kTileKeys;
+        worker.widened.resize(static_cast<std::size_t>(kBlockKeys * kWidenedStride));
         for (std::int64_t depth = 0; depth < keys_.cols; depth += kBlockDepth) {
             const std::int64_t n = std::min(kBlockDepth, keys_.cols - depth);
             for (std::int64_t row = 0; row < n_rows; ++row) {
@@ -211,7 +227,7 @@ class BlockScan {
         return ((keys_.cols + kQuantisedMultiple - 1) / kQuantisedMultiple | 1) * kQuantisedMultiple;
     }
 
-    void scan_int8(std::int64_t begin, std::int64_t n_rows, ScanWorker& worker) const {
+    void scan_int8(std::int64_t begin, std::int64_t n_rows, ScanWorker& worker) {
         worker.sums.resize(static_cast<std::size_t>(block_keys_ * std::ssize(worker.bounds)));
         quantise(begin, n_rows, worker);
         for (std::int64_t chunk = 0; chunk < n_padded(); chunk += kChunkQueries) {
@@ -226,11 +242,11 @@ class BlockScan {
                     const std::int64_t n = kernels_.int8_products->select(
                         worker.sums.data() + row * n_queries, margins, worker.hits.thresholds() + chunk, n_queries,
                         worker.bounds.data(), worker.survivors.data());
-                    collect(begin, row, chunk, n, worker);
+                    collect(begin + row, chunk, n, worker);
                 }
             }
-            rescore(begin, chunk, worker);
         }
+        finish_block(begin, n_rows, worker);
     }
 
     void quantise(std::int64_t begin, std::int64_t n_rows, ScanWorker& worker) const {
@@ -269,49 +285,44 @@ class BlockScan {
         }
     }
 
-    // Gives the int8 pass up where it lets too much through. While a stream is young much survives anyway: the k-th
-    // best rises so that the share falls as 1/rows, and what is left of this block's keys is judged by that.
-    void watch_share(std::int64_t n_rescored, std::int64_t begin, std::int64_t n_rows) {
-        const auto all = static_cast<double>(keys_.rows);
-        const auto seen = static_cast<double>(begin + n_rows);
-        if (choice_.second == ScanPass::kInt8 || seen >= all) {
-            return;
-        }
-        const double share = static_cast<double>(n_rescored) / static_cast<double>(n_rows * input_.queries.rows);
-        if (share * seen * std::log(all / seen) / (all - seen) > kLargestSurvivorShare) {
-            gave_up_ = true;
-        }
-    }
-
     // ---- what survives ----------------------------------------------------------------------------------------------
 
-    // The first n survivors of a row of the block.
-    void collect(std::int64_t begin, std::int64_t row, std::int64_t chunk, std::int64_t n, ScanWorker& worker) const {
+    // The first n survivors of a row.
+    void collect(std::int64_t row, std::int64_t chunk, std::int64_t n, ScanWorker& worker) const {
         if (worker.candidates.room() < n) {
-            rescore(begin, chunk, worker);
+            rescore(worker);
         }
         for (std::int64_t i = 0; i < n; ++i) {
             const std::int32_t query = worker.survivors[static_cast<std::size_t>(i)];
-            worker.candidates.add(query, static_cast<std::int32_t>(row),
-                                  worker.bounds[static_cast<std::size_t>(query)]);
+            worker.candidates.add(chunk + query, row, worker.bounds[static_cast<std::size_t>(query)]);
         }
     }
 
-    void rescore(std::int64_t begin, std::int64_t chunk, ScanWorker& worker) const {
-        worker.candidates.drain([&](std::int32_t in_chunk, std::int32_t in_block, float bound) {
-            const std::int64_t query = chunk + in_chunk;
-            const std::int64_t row = begin + in_block;
-            if (bound < worker.hits.thresholds()[query] || query >= input_.queries.rows || !is_finite(query)) {
-                return false;
-            }
-            if (!is_excluded(input_, row, query)) {
-                const Hit hit = exact_hit(row, query, worker);
-                if (worker.hits.would_take(query, hit)) {
-                    worker.hits.take(query, hit);
-                }
-            }
-            return true;
-        });
+    // Candidates of several blocks wait for each other: the rows of a query's pairs are then read one after the other,
+    // its own once. While many come, as at the start of a stream, the thresholds are brought up to date.
+    void finish_block(std::int64_t begin, std::int64_t n_rows, ScanWorker& worker) {
+        worker.rows_since_watched += n_rows;
+        if (worker.candidates.is_half_full()) {
+            rescore(worker);
+        }
+        if (worker.report.n_rescored > worker.rescored_when_watched) {
+            watch_share(begin + n_rows, worker);
+        }
+    }
+
+    // Gives the int8 pass up where it lets too much through. While a stream is young much survives anyway: the k-th
+    // best rises so that the share falls as 1/rows, and the keys that are left are judged by that.
+    void watch_share(std::int64_t n_seen, ScanWorker& worker) {
+        const auto n_rescored = static_cast<double>(worker.report.n_rescored - worker.rescored_when_watched);
+        const auto n_pairs = static_cast<double>(worker.rows_since_watched * input_.queries.rows);
+        worker.rescored_when_watched = worker.report.n_rescored;
+        worker.rows_since_watched = 0;
+        const auto all = static_cast<double>(keys_.rows);
+        const auto seen = static_cast<double>(n_seen);
+        if (choice_.second != choice_.first && seen < all &&
+            n_rescored / n_pairs * seen * std::log(all / seen) / (all - seen) > kLargestSurvivorShare) {
+            gave_up_ = true;
+        }
     }
 
     Hit exact_hit(std::int64_t row, std::int64_t query, ScanWorker& worker) const {

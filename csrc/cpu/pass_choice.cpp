@@ -1,7 +1,6 @@
 #include "cpu/pass_choice.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <vector>
 
@@ -11,72 +10,15 @@
 namespace rep_fast {
 namespace {
 
-constexpr std::int64_t kSample = 16;  // rows, and queries: some hundred products of the scan's millions
+// A hundred pairs of the scan's millions.
+constexpr std::int64_t kSampleRows = 16;
+constexpr std::int64_t kSampleQueries = 8;
 // A margin of half a standard deviation multiplies the survivors by about ten where the k-th best stands at 5 of them.
 constexpr double kSmallMargin = 0.5;
 // A lead that the noise of a short measurement does not make.
 constexpr double kClearLead = 1.1;
 // Quantising a key takes the time of its int8 products with so many queries.
 constexpr double kQuantiserQueries = 64.0;
-
-// ---- how fast ------------------------------------------------------------------------------------------------------
-
-// Operations per second of work(), best of some runs: what the kernel does without the scheduler's interruptions.
-template <class Work>
-double best_rate(double operations, const Work& work) {
-    using Clock = std::chrono::steady_clock;
-    const auto end = Clock::now() + std::chrono::milliseconds(2);
-    double best = 0.0;
-    do {
-        const auto begin = Clock::now();
-        work();
-        best = std::max(best, operations / std::chrono::duration<double>(Clock::now() - begin).count());
-    } while (Clock::now() < end);
-    return best;
-}
-
-ProductRates measured_rates() {
-    constexpr std::int64_t kTiles = 16;
-    constexpr std::int64_t kPanels = 4;
-    constexpr std::int64_t kKeys = kTiles * kTileKeys;
-    constexpr std::int64_t kQueries = kPanels * kPanelQueries;
-    constexpr auto kOperations = static_cast<double>(2 * kKeys * kQueries * kBlockDepth);
-    const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), machine_cpu_level()).kernels;
-    AlignedBuffer key_buffer;
-    AlignedBuffer panel_buffer;
-    AlignedBuffer score_buffer;
-    float* const keys = key_buffer.reserve(kKeys * kWidenedStride);
-    float* const panels = panel_buffer.reserve(kQueries * kBlockDepth);
-    float* const scores = score_buffer.reserve(kKeys * kQueries);
-    std::fill(keys, keys + kKeys * kWidenedStride, 1.0f);
-    std::fill(panels, panels + kQueries * kBlockDepth, 1.0f);
-    ProductRates rates;
-    rates.float32 = best_rate(kOperations, [&] {
-        kernels.float32.multiply(keys, kTiles, panels, kPanels, kPanelQueries * kBlockDepth, kBlockDepth, scores,
-                                 kQueries, true);
-    });
-    if (kernels.bf16_products != nullptr) {
-        const std::vector<BFloat16> rows(static_cast<std::size_t>(kKeys * kBlockDepth), BFloat16{0x3f80});
-        const std::vector<std::uint32_t> pairs(static_cast<std::size_t>(kQueries * kBlockDepth / 2), 0x3f803f80u);
-        const Bf16Keys block = {rows.data(), kBlockDepth, kKeys, kBlockDepth, 0};
-        const Bf16Panels from = {pairs.data(), nullptr, kPanelQueries * kBlockDepth / 2};
-        rates.bf16 = best_rate(kOperations,
-                               [&] { kernels.bf16_products->multiply(block, from, kPanels, scores, kQueries, true); });
-    }
-    if (kernels.int8_products != nullptr) {
-        const std::vector<std::uint8_t> rows(static_cast<std::size_t>(kKeys * kBlockDepth), 1);
-        const std::vector<std::uint32_t> quads(static_cast<std::size_t>(kQueries * kBlockDepth / 4), 0x01010101u);
-        std::vector<std::int32_t> sums(static_cast<std::size_t>(kKeys * kQueries));
-        const Int8Keys block = {rows.data(), kBlockDepth, kKeys, kBlockDepth};
-        rates.int8 = best_rate(kOperations, [&] {
-            kernels.int8_products->multiply(block, quads.data(), kPanels, kPanelQueries * kBlockDepth / 4, sums.data(),
-                                            kQueries, nullptr);
-        });
-    }
-    return rates;
-}
-
-// ---- how much survives ---------------------------------------------------------------------------------------------
 
 // Mean and standard deviation of a query's scores over sampled rows.
 struct Spread {
@@ -102,7 +44,7 @@ Spread spread_of_scores(const MatrixView<const T>& keys, const float* query, con
 // Rows without a NaN or infinity: `nonfinite` may leave the others out.
 template <class T>
 std::vector<std::int64_t> finite_rows(const MatrixView<const T>& keys) {
-    std::vector<std::int64_t> rows = spread_rows(keys.rows, kSample);
+    std::vector<std::int64_t> rows = spread_rows(keys.rows, kSampleRows);
     std::erase_if(rows, [&](std::int64_t row) {
         return !std::all_of(keys.row(row), keys.row(row) + keys.cols,
                             [](T key) { return std::isfinite(to_float(key)); });
@@ -136,7 +78,11 @@ class Sample {
           keys_(keys),
           kernels_(kernels),
           rows_(finite_rows(keys)),
-          queries_(spread_rows(input.queries.rows, kSample)) {}
+          queries_(spread_rows(input.queries.rows, kSampleQueries)) {
+        for (const std::int64_t query : queries_) {
+            spreads_.push_back(spread_of_scores(keys, input.queries.row(query), rows_, kernels));
+        }
+    }
 
     // Median over queries of the margin beside the scores' deviation is small.
     bool has_small_margins(ScanPass pass) const {
@@ -156,7 +102,7 @@ class Sample {
             ++n_finite;
             const double margin =
                 key_norm * static_cast<double>(packed.margins()[i]) + static_cast<double>(packed.underflow());
-            n_small += margin <= kSmallMargin * spread(queries_[static_cast<std::size_t>(i)]).deviation ? 1 : 0;
+            n_small += margin <= kSmallMargin * spreads_[static_cast<std::size_t>(i)].deviation ? 1 : 0;
         }
         return 2 * n_small > n_finite;
     }
@@ -168,11 +114,12 @@ class Sample {
             static_cast<double>(state_.scores.cols) / static_cast<double>(std::max<std::int64_t>(keys_.rows, 1)), 1.0));
         double share = 0.0;
         std::int64_t n = 0;
-        for (const std::int64_t query : queries_) {
+        for (std::size_t i = 0; i < queries_.size(); ++i) {
+            const std::int64_t query = queries_[i];
             if (!dithered.is_finite(query)) {
                 continue;
             }
-            const Spread scores = spread(query);
+            const Spread& scores = spreads_[i];
             const double known = state_.scores.row(query)[state_.scores.cols - 1];
             const double threshold = std::max(known, scores.mean + usual * scores.deviation);
             for (const Int8Margins& own : margins) {
@@ -187,10 +134,6 @@ class Sample {
     }
 
   private:
-    Spread spread(std::int64_t query) const {
-        return spread_of_scores(keys_, input_.queries.row(query), rows_, kernels_);
-    }
-
     double largest_square() const {
         double largest = 0.0;
         for (const std::int64_t row : rows_) {
@@ -229,6 +172,7 @@ class Sample {
     const WhitenedTopkKernels& kernels_;
     std::vector<std::int64_t> rows_;
     std::vector<std::int64_t> queries_;
+    std::vector<Spread> spreads_;  // of each sampled query
 };
 
 template <class T>
@@ -245,11 +189,6 @@ ScanPass choose_exact_product(const Sample<T>& sample, const ScanInput& input, c
 }
 
 }  // namespace
-
-ProductRates product_rates() {
-    static const ProductRates rates = measured_rates();
-    return rates;
-}
 
 bool has_pass(const WhitenedTopkKernels& kernels, ScanPass pass, const KeyMatrix& keys) {
     const std::int64_t width = std::visit([](const auto& matrix) { return matrix.cols; }, keys);

@@ -1,6 +1,7 @@
 // Which pass of whitened_topk rules pairs out at the least cost, decided before the scan from its error bound.
 #pragma once
 
+#include "cpu/product_rates.h"
 #include "cpu/query_packings.h"
 #include "cpu/whitened_topk.h"
 #include "cpu/whitened_topk_kernels.h"
@@ -9,17 +10,6 @@ namespace rep_fast {
 
 // A pass that lets more than this share of the pairs through is not worth its speed.
 inline constexpr double kLargestSurvivorShare = 0.02;
-
-// Products per second of each kind, as this op's own kernels do them; 0 where there are none.
-struct ProductRates {
-    double float32 = 0.0;
-    double bf16 = 0.0;
-    double int8 = 0.0;
-};
-
-// Of the highest level of this processor, measured at the first call (some milliseconds). bfloat16 is twice as fast as
-// float32 on some processors with AVX-512 BF16, half as fast on others.
-ProductRates product_rates();
 
 struct PassChoice {
     ScanPass first = ScanPass::kFloat32;

@@ -4,6 +4,7 @@
 #include "cpu/whitened_topk.h"
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "core/error.h"
@@ -57,6 +58,8 @@ void check_sizes(const ScanInput& input, const ScanState& state, std::int64_t n_
     const std::int64_t n_queries = input.queries.rows;
     REP_FAST_CHECK(key_dim == input.queries.cols && key_dim >= 1,
                    "keys are " << key_dim << " wide, queries " << input.queries.cols);
+    REP_FAST_CHECK(n_keys <= std::numeric_limits<std::int32_t>::max(),
+                   "a block has at most 2³¹ − 1 keys, got " << n_keys << "; feed the stream in several blocks");
     REP_FAST_CHECK(state.scores.cols >= 1 && state.scores.rows == n_queries && state.ids.rows == n_queries &&
                        state.ids.cols == state.scores.cols && std::ssize(state.query_dropped) == n_queries,
                    "the state has " << state.scores.rows << " rows for " << n_queries << " queries");
@@ -89,19 +92,24 @@ ScanReport run_scan(BlockScan<T>& scan, const ScanState& state, int n_threads) {
     }
     run_blocks(scan.n_blocks(), n_threads,
                [&](std::int64_t block, int worker) { scan.block(block, workers[static_cast<std::size_t>(worker)]); });
+    run_blocks(n_workers, n_threads,
+               [&](std::int64_t worker, int) { scan.rescore(workers[static_cast<std::size_t>(worker)]); });
     merge_hits(hits, state);
     return merge_reports(workers);
 }
 
 }  // namespace
 
-ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLevel level, int n_threads) {
+ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLevel level, int n_threads,
+                         QueryPackings* kept) {
     const auto [n_keys, key_dim] =
         std::visit([](const auto& keys) { return std::pair(keys.rows, keys.cols); }, input.keys);
     check_sizes(input, state, n_keys, key_dim);
     const GradualUnderflow exact_subnormals;  // margins and starting thresholds are computed here, outside the queue
     const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), level).kernels;
-    QueryPackings packings(input.queries);
+    REP_FAST_CHECK(kept == nullptr || kept->queries().data == input.queries.data, "the packings are of other queries");
+    QueryPackings own(input.queries);
+    QueryPackings& packings = kept != nullptr ? *kept : own;
     const PassChoice choice = choose_pass(input, state, kernels, packings);
     return std::visit(
         [&](const auto& keys) {

@@ -55,6 +55,8 @@ struct ScanState {
     std::span<bool> query_dropped;  // n_queries; set where the query holds a NaN or infinity (its state is left alone)
 };
 
+class QueryPackings;
+
 struct ScanReport {
     std::int64_t n_nonfinite_keys = 0;
     std::int64_t first_nonfinite_key = -1;                           // row number
@@ -64,6 +66,9 @@ struct ScanReport {
 
 // Throws Error when sizes do not fit together, or a pass is asked for by name where the keys or the level have none.
 // Rows with a NaN or infinity are left out and counted.
-ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLevel level, int n_threads);
+//
+// packings: of input.queries, kept from block to block; null packs them for this call.
+ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLevel level, int n_threads,
+                         QueryPackings* packings = nullptr);
 
 }  // namespace rep_fast

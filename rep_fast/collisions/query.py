@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class WhitenedQueries:
     whitened: Tensor
     self_similarity: Tensor
     last_tokens: Tensor
+
+    @cached_property
+    def for_scan(self) -> ops.ScanQueries:
+        """`whitened` as the scan keeps it packed from block to block."""
+        return ops.ScanQueries(self.whitened)
 
     def exclusion(self, token_ids: Tensor, starts: Tensor, window: int) -> ops.LastTokenExclusion:
         """The rule that keeps a subject's own tokens out: its last token stands at p, p−1, … or p−window."""

@@ -84,7 +84,7 @@ class ScanState:
         exclusion = queries.exclusion(blocks.token_ids.to(device), blocks.starts.to(device), window)
         self.hits = ops.whitened_topk(
             keys,
-            queries.whitened.to(device),
+            queries.for_scan,
             self.hits.k,
             exclusion=exclusion,
             state=self.hits,

@@ -12,8 +12,11 @@ from rep_fast.ops.gated_adapter import AdapterWeights, gate_logits, gated_adapte
 from rep_fast.ops.kbest_paths import kbest_paths
 from rep_fast.ops.packed_scores import PackedScores, packed_scores
 from rep_fast.ops.profile import Call, profile
+from rep_fast.ops.scan_exclusion import LastTokenExclusion, PairExclusion
+from rep_fast.ops.scan_queries import ScanQueries
 from rep_fast.ops.spd_solver import SolverReport, SpdSolver
-from rep_fast.ops.whitened_topk import LastTokenExclusion, PairExclusion, TopK, whitened_topk
+from rep_fast.ops.topk_state import TopK
+from rep_fast.ops.whitened_topk import whitened_topk
 
 __all__ = [
     "AdapterWeights",
@@ -23,6 +26,7 @@ __all__ = [
     "MomentSum",
     "PackedScores",
     "PairExclusion",
+    "ScanQueries",
     "SolverReport",
     "SpdSolver",
     "TopK",

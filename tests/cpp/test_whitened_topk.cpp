@@ -390,6 +390,7 @@ void test_int8_gives_way(CpuLevel level) {
         for (std::int64_t block = 0; block < scan.n_blocks(); ++block) {
             scan.block(block, worker);
         }
+        scan.rescore(worker);
         const auto& passes_ran = worker.report.pass_keys;
         EXPECT(passes_ran[static_cast<std::size_t>(ScanPass::kInt8)] +
                    passes_ran[static_cast<std::size_t>(ScanPass::kFloat32)] ==

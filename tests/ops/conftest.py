@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from scan_checks import FORCED, bodies
 from torch import Tensor
 
 from rep_fast.ops import native
@@ -56,3 +57,15 @@ def before_unreadable_page() -> Callable[[Tensor], Tensor]:
         return copy.copy_(values)
 
     return copied
+
+
+@pytest.fixture(params=bodies())
+def scan_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every body of the scan in turn, with every pass that the level alone has; the level's name."""
+    name, _, forced = request.param.partition(" ")
+    if name == "reference":
+        monkeypatch.setattr(native, "find", lambda: native.Native(None, "the test hides it"))
+    else:
+        monkeypatch.setenv("REP_FAST_ISA", name)
+    monkeypatch.setitem(FORCED, "bfloat16", forced or "auto")
+    return name

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rep_fast import backend
 from rep_fast.ops import whitened_topk
-from rep_fast.ops.whitened_topk import PASSES
+from rep_fast.ops.topk_state import PASSES
 
 needs_int8 = pytest.mark.skipif(
     backend()["whitened_topk"][0] != "native-avx512_bf16", reason="needs AVX-512 BF16 and VNNI"
