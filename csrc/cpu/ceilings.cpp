@@ -7,32 +7,14 @@
 
 #include "core/error.h"
 #include "core/work_queue.h"
+#include "cpu/ceiling_loop.h"
+#include "cpu/simd_portable.h"
 
 namespace rep_fast {
 namespace portable {
 namespace {
 
-using Float4 [[gnu::vector_size(16)]] = float;
-
-float run_float32(std::int64_t rounds) {
-    Float4 sums[kCeilingSums];
-    for (int i = 0; i < kCeilingSums; ++i) {
-        sums[i] = Float4{} + static_cast<float>(i);
-    }
-    for (std::int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 12
-        for (int i = 0; i < kCeilingSums; ++i) {
-            sums[i] = sums[i] * 0.999f + 1e-3f;
-        }
-    }
-    Float4 total = sums[0];
-    for (int i = 1; i < kCeilingSums; ++i) {
-        total += sums[i];
-    }
-    return total[0];
-}
-
-constexpr CeilingKernels kCeilings = {.float32 = {run_float32, kCeilingSums * 4 * 2}, .bf16 = {}, .int8 = {}};
+constexpr CeilingKernels kCeilings = {.float32 = kMultiplyAdd<Simd>, .bf16 = {}, .int8 = {}};
 
 }  // namespace
 }  // namespace portable

@@ -2,59 +2,51 @@
 // see core/dispatch.h.
 #include <immintrin.h>
 
-#include "cpu/ceilings.h"
+#include "cpu/ceiling_loop.h"
 
 namespace rep_fast::avx512_bf16 {
 namespace {
 
-// The operands come from memory so that the compiler cannot fold the products.
-float run_bf16(std::int64_t rounds) {
-    __m512 sums[kCeilingSums];
-    for (int i = 0; i < kCeilingSums; ++i) {
-        sums[i] = _mm512_set1_ps(static_cast<float>(i));
-    }
-    __m512i a = _mm512_set1_epi32(0x3f803f80);
-    __m512i b = _mm512_set1_epi32(0x3a803a80);
-    __asm__ volatile("" : "+v"(a), "+v"(b));
-    for (std::int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 12
-        for (int i = 0; i < kCeilingSums; ++i) {
-            sums[i] = _mm512_dpbf16_ps(sums[i], reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-        }
-    }
-    __m512 total = sums[0];
-    for (int i = 1; i < kCeilingSums; ++i) {
-        total = _mm512_add_ps(total, sums[i]);
-    }
-    return _mm512_cvtss_f32(total);
+// The same in every lane, and unknown to the compiler, so that it cannot fold the products.
+[[gnu::always_inline]] inline __m512i hidden(int bits) {
+    __m512i lanes = _mm512_set1_epi32(bits);
+    __asm__ volatile("" : "+v"(lanes));
+    return lanes;
 }
 
-float run_int8(std::int64_t rounds) {
-    __m512i sums[kCeilingSums];
-    for (int i = 0; i < kCeilingSums; ++i) {
-        sums[i] = _mm512_set1_epi32(i);
+struct Bf16Pairs {
+    using Sum = __m512;
+
+    [[gnu::always_inline]] static inline Sum start(int i) { return _mm512_set1_ps(static_cast<float>(i)); }
+    [[gnu::always_inline]] inline Sum operator()(Sum sum) const {
+        return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     }
-    __m512i a = _mm512_set1_epi32(0x01020304);
-    __m512i b = _mm512_set1_epi32(0x0201ff02);
-    __asm__ volatile("" : "+v"(a), "+v"(b));
-    for (std::int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 12
-        for (int i = 0; i < kCeilingSums; ++i) {
-            sums[i] = _mm512_dpbusd_epi32(sums[i], a, b);
-        }
+    [[gnu::always_inline]] static inline Sum add(Sum x, Sum y) { return _mm512_add_ps(x, y); }
+    [[gnu::always_inline]] static inline float first(Sum sum) { return _mm512_cvtss_f32(sum); }
+
+    __m512i a = hidden(0x3f803f80);
+    __m512i b = hidden(0x3a803a80);
+};
+
+struct Int8Quads {
+    using Sum = __m512i;
+
+    [[gnu::always_inline]] static inline Sum start(int i) { return _mm512_set1_epi32(i); }
+    [[gnu::always_inline]] inline Sum operator()(Sum sum) const { return _mm512_dpbusd_epi32(sum, a, b); }
+    [[gnu::always_inline]] static inline Sum add(Sum x, Sum y) { return _mm512_add_epi32(x, y); }
+    [[gnu::always_inline]] static inline float first(Sum sum) {
+        alignas(64) std::int32_t lanes[16];
+        _mm512_store_si512(lanes, sum);
+        return static_cast<float>(lanes[0]);
     }
-    __m512i total = sums[0];
-    for (int i = 1; i < kCeilingSums; ++i) {
-        total = _mm512_add_epi32(total, sums[i]);
-    }
-    alignas(64) std::int32_t lanes[16];
-    _mm512_store_si512(lanes, total);
-    return static_cast<float>(lanes[0]);
-}
+
+    __m512i a = hidden(0x01020304);
+    __m512i b = hidden(0x0201ff02);
+};
 
 }  // namespace
 
-constinit const CeilingLoop kBf16Ceiling = {run_bf16, kCeilingSums * 32 * 2};
-constinit const CeilingLoop kInt8Ceiling = {run_int8, kCeilingSums * 64 * 2};
+constinit const CeilingLoop kBf16Ceiling = {run_ceiling<Bf16Pairs>, kCeilingSums * 32 * 2};
+constinit const CeilingLoop kInt8Ceiling = {run_ceiling<Int8Quads>, kCeilingSums * 64 * 2};
 
 }  // namespace rep_fast::avx512_bf16

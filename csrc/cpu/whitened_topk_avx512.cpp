@@ -6,24 +6,19 @@
 #include <immintrin.h>
 
 #include "cpu/score_selection.h"
+#include "cpu/score_tile_avx512.h"
 #include "cpu/simd_avx512.h"
 #include "cpu/whitened_topk_kernels.h"
 
 namespace rep_fast::avx512 {
 namespace {
 
-static_assert(kPanelQueries == 16 && kTileKeys == 6, "the register tile is written for 6 keys and vectors of 16");
-
 // scores[6, 16·kPanels] (+)= keys[6, depth] · panels[depth, ·].
 template <int kPanels>
 void multiply_tile(const float* keys, const float* panels, std::int64_t panel_stride, std::int64_t depth, float* scores,
                    std::int64_t score_stride, bool first) {
     __m512 sums[kTileKeys][kPanels];
-    for (auto& row : sums) {
-        for (__m512& sum : row) {
-            sum = _mm512_setzero_ps();
-        }
-    }
+    clear_tile(sums);
     for (std::int64_t j = 0; j < depth; ++j) {
         __m512 queries[kPanels];
 #pragma GCC unroll 4
@@ -39,15 +34,7 @@ void multiply_tile(const float* keys, const float* panels, std::int64_t panel_st
             }
         }
     }
-#pragma GCC unroll 6
-    for (std::int64_t row = 0; row < kTileKeys; ++row) {
-#pragma GCC unroll 4
-        for (int panel = 0; panel < kPanels; ++panel) {
-            float* const out = scores + row * score_stride + panel * kPanelQueries;
-            const __m512 sum = sums[row][panel];
-            _mm512_storeu_ps(out, first ? sum : _mm512_add_ps(_mm512_loadu_ps(out), sum));
-        }
-    }
+    store_tile(sums, scores, score_stride, first);
 }
 
 template <int kPanels>
@@ -62,27 +49,10 @@ void multiply_group(const float* keys, std::int64_t n_tiles, const float* panels
 void multiply_half(const float* keys, std::int64_t n_tiles, const float* panels, std::int64_t n_panels,
                    std::int64_t panel_stride, std::int64_t depth, float* scores, std::int64_t score_stride,
                    bool first) {
-    for (std::int64_t panel = 0; panel < n_panels;) {
-        const float* const from = panels + panel * panel_stride;
-        float* const to = scores + panel * kPanelQueries;
-        switch (panels_at_once(n_panels - panel)) {
-            case 4:
-                multiply_group<4>(keys, n_tiles, from, panel_stride, depth, to, score_stride, first);
-                panel += 4;
-                break;
-            case 3:
-                multiply_group<3>(keys, n_tiles, from, panel_stride, depth, to, score_stride, first);
-                panel += 3;
-                break;
-            case 2:
-                multiply_group<2>(keys, n_tiles, from, panel_stride, depth, to, score_stride, first);
-                panel += 2;
-                break;
-            default:
-                multiply_group<1>(keys, n_tiles, from, panel_stride, depth, to, score_stride, first);
-                panel += 1;
-        }
-    }
+    for_panel_groups(n_panels, [&]<int kPanels>(std::int64_t panel) {
+        multiply_group<kPanels>(keys, n_tiles, panels + panel * panel_stride, panel_stride, depth,
+                                scores + panel * kPanelQueries, score_stride, first);
+    });
 }
 
 // Half a k-block at a time: four panels of it, 32 KiB, stay in L1 while the keys pass.

@@ -6,12 +6,11 @@
 // Internal linkage only, no standard library: see core/dispatch.h.
 #include <immintrin.h>
 
+#include "cpu/score_tile_avx512.h"
 #include "cpu/whitened_topk_kernels.h"
 
 namespace rep_fast::avx512_bf16 {
 namespace {
-
-static_assert(kPanelQueries == 16 && kTileKeys == 6, "the register tile is written for 6 keys and vectors of 16");
 
 [[gnu::always_inline]] inline __m512 add_products(__m512 sum, __m512i keys, __m512i queries) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(keys), reinterpret_cast<__m512bh>(queries));
@@ -51,11 +50,7 @@ template <int kPanels, bool kHasLow>
 void multiply_tile(const BFloat16* keys, std::int64_t stride, const Bf16Panels& panels, std::int64_t depth,
                    float* scores, std::int64_t score_stride, bool first) {
     __m512 sums[kTileKeys][kPanels];
-    for (auto& row : sums) {
-        for (__m512& sum : row) {
-            sum = _mm512_setzero_ps();
-        }
-    }
+    clear_tile(sums);
     const std::uint32_t* high = panels.high;
     const std::uint32_t* low = panels.low;
     for (const BFloat16* const end = keys + (depth & ~std::int64_t{1}); keys != end; keys += 2) {
@@ -75,15 +70,7 @@ void multiply_tile(const BFloat16* keys, std::int64_t stride, const Bf16Panels& 
             multiply_pair<kPanels, true>(sums, keys, stride, low, panels.stride);
         }
     }
-#pragma GCC unroll 6
-    for (std::int64_t row = 0; row < kTileKeys; ++row) {
-#pragma GCC unroll 4
-        for (int panel = 0; panel < kPanels; ++panel) {
-            float* const out = scores + row * score_stride + panel * kPanelQueries;
-            const __m512 sum = sums[row][panel];
-            _mm512_storeu_ps(out, first ? sum : _mm512_add_ps(_mm512_loadu_ps(out), sum));
-        }
-    }
+    store_tile(sums, scores, score_stride, first);
 }
 
 // The rows' next k-block into L2 while this one is multiplied: a stream of rows defeats the hardware's prefetcher.
@@ -122,26 +109,11 @@ void multiply_group(const Bf16Keys& keys, const Bf16Panels& panels, bool prefetc
 template <bool kHasLow>
 void multiply_panels(const Bf16Keys& keys, const Bf16Panels& panels, std::int64_t n_panels, float* scores,
                      std::int64_t score_stride, bool first) {
-    for (std::int64_t panel = 0; panel < n_panels;) {
+    for_panel_groups(n_panels, [&]<int kPanels>(std::int64_t panel) {
         const std::int64_t offset = panel * panels.stride;
         const Bf16Panels from = {panels.high + offset, kHasLow ? panels.low + offset : nullptr, panels.stride};
-        float* const to = scores + panel * kPanelQueries;
-        const std::int64_t at_once = panels_at_once(n_panels - panel);
-        switch (at_once) {
-            case 4:
-                multiply_group<4, kHasLow>(keys, from, panel == 0, to, score_stride, first);
-                break;
-            case 3:
-                multiply_group<3, kHasLow>(keys, from, panel == 0, to, score_stride, first);
-                break;
-            case 2:
-                multiply_group<2, kHasLow>(keys, from, panel == 0, to, score_stride, first);
-                break;
-            default:
-                multiply_group<1, kHasLow>(keys, from, panel == 0, to, score_stride, first);
-        }
-        panel += at_once;
-    }
+        multiply_group<kPanels, kHasLow>(keys, from, panel == 0, scores + panel * kPanelQueries, score_stride, first);
+    });
 }
 
 void multiply(const Bf16Keys& keys, const Bf16Panels& panels, std::int64_t n_panels, float* scores,

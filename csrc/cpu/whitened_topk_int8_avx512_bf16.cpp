@@ -6,6 +6,7 @@
 // Internal linkage only, no standard library: see core/dispatch.h.
 #include <immintrin.h>
 
+#include "cpu/score_tile_avx512.h"
 #include "cpu/whitened_topk_kernels.h"
 
 namespace rep_fast::avx512_bf16 {
@@ -158,26 +159,11 @@ void multiply_group(const Int8Keys& keys, const std::uint32_t* panels, std::int6
 
 void multiply(const Int8Keys& keys, const std::uint32_t* panels, std::int64_t n_panels, std::int64_t panel_stride,
               std::int32_t* sums, std::int64_t sum_stride, const std::int32_t* starts) {
-    for (std::int64_t panel = 0; panel < n_panels;) {
-        const std::uint32_t* const from = panels + panel * panel_stride;
-        std::int32_t* const to = sums + panel * kPanelQueries;
+    for_panel_groups(n_panels, [&]<int kPanels>(std::int64_t panel) {
         const std::int32_t* const start = starts != nullptr ? starts + panel * kPanelQueries : nullptr;
-        const std::int64_t at_once = panels_at_once(n_panels - panel);
-        switch (at_once) {
-            case 4:
-                multiply_group<4>(keys, from, panel_stride, to, sum_stride, start);
-                break;
-            case 3:
-                multiply_group<3>(keys, from, panel_stride, to, sum_stride, start);
-                break;
-            case 2:
-                multiply_group<2>(keys, from, panel_stride, to, sum_stride, start);
-                break;
-            default:
-                multiply_group<1>(keys, from, panel_stride, to, sum_stride, start);
-        }
-        panel += at_once;
-    }
+        multiply_group<kPanels>(keys, panels + panel * panel_stride, panel_stride, sums + panel * kPanelQueries,
+                                sum_stride, start);
+    });
 }
 
 std::int64_t select(const std::int32_t* sums, const Int8Margins& margins, const float* thresholds, std::int64_t n,

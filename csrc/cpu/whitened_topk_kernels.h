@@ -145,12 +145,6 @@ struct WhitenedTopkKernels {
     const Int8Products* int8_products = nullptr;  // likewise
 };
 
-// How many of n panels a register tile takes: 4 or 3 without a rest of 1 from 6 on, whose few sums would wait for each
-// other.
-[[gnu::always_inline]] inline std::int64_t panels_at_once(std::int64_t n) {
-    return n % 4 == 0 ? 4 : (n >= 3 ? 3 : n);
-}
-
 const DispatchTable<WhitenedTopkKernels>& whitened_topk_table();
 
 namespace portable {
