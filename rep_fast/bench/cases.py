@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScanCase:
-    """One block of a collision scan: n_keys rows of the width M of a model's MLP, n_queries subjects, top k."""
+    """One block of a collision scan: n_keys rows of the width M of a model's MLP, n_queries subjects, top k.
+
+    kappa: κ_h = √(mean λ · mean 1/λ) of the keys' second moment, 1 for independent coordinates.
+    """
 
     name: str
     n_keys: int
     n_queries: int
     key_dim: int
     k: int = 10
+    kappa: float = 1.0
 
     def __str__(self) -> str:
         return self.name
@@ -28,6 +32,8 @@ class ScanCase:
 # exceed the caches.
 SCAN_CASES = (
     ScanCase("factworld-400", 65536, 400, 512),
+    ScanCase("factworld-400-kappa3", 65536, 400, 512, kappa=3.0),
+    ScanCase("factworld-400-kappa10", 65536, 400, 512, kappa=10.0),
     ScanCase("m4096-100", 8192, 100, 4096),
     ScanCase("m4096-400", 8192, 400, 4096),
     ScanCase("m4096-2000", 4096, 2000, 4096),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGES = ("rep_fast", "torch", "numpy", "scipy", "faiss-cpu")
+_PACKAGES = ("rep_fast", "torch", "numpy", "scipy", "faiss-cpu", "usearch")
 
 
 def about_this_machine() -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +17,12 @@ from torch import Tensor
 from rep_fast.bench.cases import SCAN_CASES, ScanCase
 from rep_fast.bench.interleaved import Provider
 from rep_fast.ops import LastTokenExclusion, native, whitened_topk
-from rep_fast.ops.whitened_topk import PASSES
+from rep_fast.ops.topk_state import PASSES
 
 CASES = SCAN_CASES
 _SEQUENCE = 256  # tokens per document
 _VOCABULARY = 32000
+_ROTATED = 64  # coordinates that are mixed with each other
 _CHUNK = 2048  # keys a peer multiplies at once: its scores stay in the cache
 
 
@@ -35,10 +38,13 @@ class Inputs:
 
     @classmethod
     def draw(cls, case: ScanCase, *, seed: int) -> Inputs:
-        """Standard normal numbers, fresh for each seed; token ids spread over a vocabulary."""
+        """Normal numbers of the case's κ_h, fresh for each seed; token ids spread over a vocabulary."""
         generator = torch.Generator().manual_seed(seed)
-        keys = torch.randn(case.n_keys, case.key_dim, generator=generator).bfloat16()
+        keys = torch.randn(case.n_keys, case.key_dim, generator=generator)
         queries = torch.randn(case.n_queries, case.key_dim, generator=generator)
+        if case.kappa > 1:
+            keys, queries = _conditioned(keys, queries, case.kappa, generator)
+        keys = keys.bfloat16()
         exclusion = LastTokenExclusion(
             torch.randint(_VOCABULARY, (case.n_keys,), generator=generator),
             torch.arange(0, case.n_keys, _SEQUENCE),
@@ -50,6 +56,23 @@ class Inputs:
     def is_exact(self, ids: Tensor) -> bool:
         """Whether the ids are those of the float64 scan, in order."""
         return torch.equal(ids, self.answer)
+
+
+def _conditioned(keys: Tensor, queries: Tensor, kappa: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Keys whose second moment has this κ_h, and whitened queries: √Λ z and z/√Λ in a rotated basis.
+
+    Eigenvalues are spread evenly over the logarithms of [e⁻ᵃ, eᵃ], for which κ_h = sinh(a)/a, in each block of 64
+    coordinates, and each block is rotated, so that no scaling of columns undoes it.
+    """
+    low, high = 0.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.sinh(middle) < kappa * middle else (low, middle)
+    roots = torch.linspace(-low / 2, low / 2, _ROTATED).exp()
+    basis = torch.linalg.qr(torch.randn(_ROTATED, _ROTATED, generator=generator)).Q
+    blocks = [matrix.view(len(matrix), -1, _ROTATED) for matrix in (keys, queries)]
+    mixed = ((blocks[0] * roots) @ basis, (blocks[1] / roots) @ basis)
+    return mixed[0].view(keys.shape), mixed[1].view(queries.shape)
 
 
 def providers(inputs: Inputs) -> list[Provider]:
@@ -96,6 +119,8 @@ def _peers(inputs: Inputs) -> list[Provider]:
     ]
     if importlib.util.find_spec("faiss") is not None:
         found.append(Provider("faiss IndexFlatIP", "fp32", _faiss_scan(inputs)))
+    if importlib.util.find_spec("usearch") is not None:
+        found.append(Provider("usearch exact search", "fp32", _usearch_scan(inputs)))
     return found
 
 
@@ -128,13 +153,41 @@ def _numpy_scan(inputs: Inputs) -> Tensor:
 
 
 def _faiss_scan(inputs: Inputs) -> Callable[[], Any]:
-    """As installed, with its threads set to torch's; converting the keys is part of the work."""
+    """With its threads set to torch's; converting the keys is part of the work.
+
+    Its own OpenBLAS may not know the processor and take a slow path: it is told one that it knows, unless
+    `OPENBLAS_CORETYPE` is set already ("" leaves faiss as installed).
+    """
+    given = os.environ.get("OPENBLAS_CORETYPE")
+    if given is None:
+        os.environ["OPENBLAS_CORETYPE"] = {"AVX512": "SkylakeX"}.get(torch.backends.cpu.get_cpu_capability(), "Haswell")
     import faiss
+
+    if given is None:
+        os.environ.pop("OPENBLAS_CORETYPE", None)
 
     def run() -> Tensor:
         faiss.omp_set_num_threads(torch.get_num_threads())
         index = faiss.IndexFlatIP(inputs.case.key_dim)
         index.add(inputs.keys.float().numpy())
         return torch.from_numpy(index.search(inputs.queries.numpy(), inputs.case.k)[1])
+
+    return run
+
+
+def _usearch_scan(inputs: Inputs) -> Callable[[], Any]:
+    """Brute force over float32, converting the keys as above."""
+    from usearch.index import MetricKind, search
+
+    def run() -> Tensor:
+        found = search(
+            inputs.keys.float().numpy(),
+            inputs.queries.numpy(),
+            inputs.case.k,
+            MetricKind.IP,
+            exact=True,
+            threads=torch.get_num_threads(),
+        )
+        return torch.from_numpy(found.keys.astype(np.int64))
 
     return run
