@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,13 +33,15 @@ class BatchHparams:
 
     layers: edited layers, 0-based, ascending; the value is optimised at the last. share_values: facts whose prompts are
     the same up to the subject's last token have one key; they get one value, optimised for all of them (False: one
-    each, as in the references, of which the update then writes the mean). allow_conflicts: take facts that say two
-    things with the same words. target_tok, fact_token: tokenisation choices (methods §2.3, §2.4). template_style: of
-    `context_templates`.
+    each, as in the references, of which the update then writes the mean). passes: with several keys, what the
+    edited model still does not answer is written again on top, up to so many passes in all; one is what is published.
+    allow_conflicts: take facts that say two things with the same words. target_tok, fact_token: tokenisation choices
+    (methods §2.3, §2.4). template_style: of `context_templates`.
     """
 
     layers: tuple[int, ...]
     share_values: bool = True
+    passes: int = 1
     allow_conflicts: bool = False
     target_tok: str = "in_context"
     fact_token: str = "subject_last"
@@ -49,6 +51,8 @@ class BatchHparams:
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
             raise HparamError(f"layers {list(self.layers)} must be one or more, ascending, each once")
+        if self.passes < 1:
+            raise HparamError(f"passes={self.passes} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,9 @@ def edit_batch(
         Edit with one module per layer. Its `vectors`: for a single key k_star [M] (the key the layer's update was
         written for), direction [M] (the metric times k_star) and response [M] (ρ(k) = k·response, the part of the
         layer's update that k retrieves); past_keys [n, M] where the rule remembers. `tensors`: z_star, z_0 ([D] for a
-        single value, else [n, D]) where the value is a hidden state, v_star, v_0 where it is an MLP output. `notes`:
-        groups of facts that share a key, facts that were answered already, losses.
+        single value, else [n, D]) where the value is a hidden state, v_star, v_0 where it is an MLP output; of the
+        first pass. `notes`: groups of facts that share a key, facts that were answered already, losses; in later_passes
+        the facts that further ones wrote.
     Raises:
         PromptError: facts that contradict each other. LayerError: no such layer.
         NothingToEditError, TokenizationError: see `optimise_values`. SolverError: see `solve_batch`.
@@ -107,6 +112,45 @@ def edit_batch(
         lm.check_layer(layer)
     state = state or EditorState()
     state.check_model(lm)
+    is_batch = len(key_groups(lm, facts, hparams)) > 1
+    parts: list[Edit] = []
+    missing = list(facts)
+    with ExitStack() as active:
+        while missing:
+            part = _one_pass(lm, missing, hparams=hparams, templates=templates, method=method, rule=rule, state=state)
+            parts.append(part)
+            if not is_batch or len(parts) == hparams.passes:
+                break
+            active.enter_context(part.applied(lm))
+            state = state.after(part)
+            missing = unanswered(lm, facts, target_tok=hparams.target_tok)
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def unanswered(lm: EditableLM, facts: Sequence[Fact], *, target_tok: str) -> list[Fact]:
+    """The facts whose bare prompt the model, as it stands, does not answer with the new target."""
+    answers = [lm.answer(fact.text, fact.target_new, mode=target_tok) for fact in facts]
+    with torch.no_grad():
+        rows = lm.logits([answer.input_ids for answer in answers], at=[answer.positions for answer in answers])
+    found = iter(rows.argmax(dim=-1).tolist())
+    return [
+        fact
+        for fact, answer in zip(facts, answers, strict=True)
+        if [next(found) for _ in answer.positions] != list(answer.target_ids)
+    ]
+
+
+def _one_pass(
+    lm: EditableLM,
+    facts: Sequence[Fact],
+    *,
+    hparams: BatchHparams,
+    templates: Sequence[str],
+    method: str,
+    rule: Rule,
+    state: EditorState,
+) -> Edit:
+    """Values, keys and updates of these facts on the model as it stands."""
     groups = key_groups(lm, facts, hparams)
     grouped = [[facts[number] for number in group] for group in groups]
     found = optimise_values(
@@ -197,6 +241,20 @@ def _as_edit(
         facts=tuple(facts), method=method, hparams=flat_mapping(hparams), fingerprint=lm.fingerprint,
         modules=tuple(modules), notes=notes, tensors=dict(zip(names, values, strict=True)), model_name=lm.name,
     )  # fmt: skip
+
+
+def _joined(parts: Sequence[Edit]) -> Edit:
+    """One edit that does what the passes do one on top of the other."""
+    first = parts[0]
+    modules = []
+    for module in first.modules:
+        own = [part.module(module.layer) for part in parts]
+        deltas = [one.delta for one in own if isinstance(one.delta, LowRank)]
+        kept = [one.vectors[PAST_KEYS] for one in own if PAST_KEYS in one.vectors]
+        vectors = {PAST_KEYS: torch.cat(kept)} if kept else {}
+        modules.append(ModuleEdit(module.layer, LowRank.concat(deltas), vectors=vectors))
+    later = [[fact.text for fact in part.facts] for part in parts[1:]]
+    return replace(first, modules=tuple(modules), notes={**first.notes, "later_passes": later})
 
 
 def _vectors(write: LayerWrite, *, remembers: bool) -> dict[str, Tensor]:

@@ -66,11 +66,19 @@ class CaseScorer:
         self._words = word_tokenizer() if protocol.generated_tokens else None
         self._plans: dict[tuple[int, int], PlannedCase] = {}
         self._kept_tokens = 0
+        self._edited_prompts: frozenset[str] = frozenset()
 
-    def forget(self) -> None:
-        """Drop the plans made so far: their group is finished."""
+    def begin_group(self, cases: Sequence[EditCase]) -> None:
+        """These records are edited together from here on; plans made so far are dropped.
+
+        A neighbour prompt that asks, word for word, what another record of the group edits shall not keep its answer:
+        it is not asked.
+        """
         self._plans.clear()
         self._kept_tokens = 0
+        self._edited_prompts = frozenset(
+            prompt for case in cases for prompt in (case.fact.text, *case.paraphrase_prompts)
+        )
 
     def plan(self, case: EditCase, seed: int) -> PlannedCase:
         """What is asked of a case.
@@ -82,7 +90,7 @@ class CaseScorer:
             return self._plans[seed, case.case_id]
         n_tokens = self._protocol.generated_tokens
         perturbed = perturb_case(self._lm, case, text=self._text, seed=seed, protocol=self._protocol)
-        asked = tuple(case_questions(case, perturbed))
+        asked = tuple(item for item in case_questions(case, perturbed) if not self._is_edited(item))
         prompts = generation_prompts(self._lm, case, seed=seed, n_tokens=n_tokens) if n_tokens else ()
         made = PlannedCase(perturbed, asked, self._batches(asked), prompts)
         if self._kept_tokens + made.scoring.n_tokens <= _KEPT_TOKENS:
@@ -98,7 +106,7 @@ class CaseScorer:
         # ROME compares what is written about the subject in its generation prompts, where there are any
         own = [text.text for text in generated if text.kind == "generation"] or [text.text for text in generated]
         consistency = self._references.consistency(case.fact.target_new, own) if self._references else None
-        sorted_scores = case_scores(planned.asked, scores, before=self._before[case.case_id])
+        sorted_scores = case_scores(planned.asked, scores, before=self._before_of(case))
         return CaseRecord(
             seed, case.case_id, scores=sorted_scores, generated=generated, consistency=consistency, **labels
         )
@@ -112,6 +120,14 @@ class CaseScorer:
         ]
         scores = _score_ceiling(self._lm, edit, self._batches(asked))
         return CaseRecord(seed, case.case_id, scores=case_scores(asked, scores), **labels)
+
+    def _is_edited(self, item: CaseQuestion) -> bool:
+        return item.group == "locality" and item.question.prompt in self._edited_prompts
+
+    def _before_of(self, case: EditCase) -> list[Sequence[int]]:
+        kept = [item for item in neighbour_questions(case) if item.role == "kept"]
+        answers = zip(kept, self._before[case.case_id], strict=True)
+        return [predicted for item, predicted in answers if not self._is_edited(item)]
 
     def _batches(self, asked: Sequence[CaseQuestion]) -> ScoringPlan:
         questions = [item.question for item in asked]

@@ -121,7 +121,7 @@ def _evaluate_group(
     ceiling_of: str | None,
 ) -> None:
     """One group under every column; plans of its cases are shared by the columns."""
-    setting.scorer.forget()
+    setting.scorer.begin_group(cases)
     made: list[Edit] = []
     for place, (name, write) in enumerate(columns.items()):
         # one record is edited again as fast as its edit would be read

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rep_fast import editors
-from rep_fast.editors import EditorState
-from rep_fast.editors.batch import key_groups
+from rep_fast.editors import EditorState, batch
+from rep_fast.editors.batch import key_groups, unanswered
 from rep_fast.editors.keys import KeyReader, LookupRows
 from rep_fast.edits import Edit, LowRank, ModuleEdit
 from rep_fast.errors import FingerprintError, HparamError, LayerError, PromptError
@@ -273,3 +273,53 @@ def test_alphaedit_needs_a_ridge_and_one_choice_of_null_space(tiny_llama: Editab
         editor.hparams(tiny_llama, overrides={**SMALL, "l2": 0.0})
     with pytest.raises(HparamError, match="give one of them"):
         make(tiny_llama, "alphaedit", FACTS, nullspace_threshold=0.1)
+
+
+@pytest.mark.parametrize("method", ["memit", "memit-cache"])
+def test_later_passes_write_what_is_missing(tiny_llama64: EditableLM, method: str) -> None:
+    """A heavy corpus weight leaves facts unanswered; the second pass is an edit of these on the edited model."""
+    lm, changes = tiny_llama64, {"mom2_update_weight": 60.0, "v_steps": 8}
+    first = make(lm, method, FACTS, **changes)
+    with first.applied(lm):
+        missing = unanswered(lm, FACTS, target_tok="in_context")
+        second = make(lm, method, missing, state=EditorState.of([first]), **changes)
+    assert missing
+    both = make(lm, method, FACTS, passes=2, **changes)
+    assert both.notes["later_passes"] == [[fact.text for fact in missing]]
+    for layer in LAYERS:
+        parts = [edit.module(layer).delta for edit in (both, first, second)]
+        total, one, two = (part.to_dense() for part in parts if part is not None)
+        torch.testing.assert_close(total, one + two, rtol=1e-9, atol=1e-12)
+    kept = [edit.module(0).vectors.get("past_keys") for edit in (both, first, second)]
+    if method == "memit-cache":
+        assert torch.equal(kept[0], torch.cat(kept[1:]))  # type: ignore[arg-type]
+    else:
+        assert kept == [None] * 3
+    assert lm.active_edits == []
+
+
+def test_passes_end_where_nothing_is_missing_and_leave_single_facts_alone(
+    tiny_llama64: EditableLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_llama64
+    alone = make(lm, "memit", FACTS[:1], passes=5, mom2_update_weight=1e9)
+    assert "later_passes" not in alone.notes
+    assert "response" in alone.module(0).vectors
+    for missing, n_later in (([], 0), ([FACTS[1]], 2)):
+        monkeypatch.setattr(batch, "unanswered", lambda *_, missing=missing, **__: missing)
+        edit = make(lm, "memit", FACTS[:2], passes=3)
+        assert edit.notes.get("later_passes", []) == [[FACTS[1].text]] * n_later
+    with pytest.raises(HparamError, match="passes=0 must be at least 1"):
+        make(lm, "memit", FACTS, passes=0)
+
+
+def test_unanswered_reads_the_models_own_answer(tiny_llama64: EditableLM) -> None:
+    lm = tiny_llama64
+    fact = FACTS[0]
+    answer = lm.answer(fact.text, fact.target_new)
+    with torch.no_grad():
+        said = int(lm.logits([answer.prompt_ids])[0, -1].argmax())
+    own = Fact(fact.prompt, fact.subject, lm.decode([said]).strip() or "x")
+    if lm.answer(own.text, own.target_new).target_ids == (said,):
+        assert unanswered(lm, [own, fact], target_tok="in_context") == [fact]
+    assert unanswered(lm, [fact], target_tok="in_context") == [fact]
