@@ -33,7 +33,7 @@ class BatchHparams:
 
     layers: edited layers, 0-based, ascending; the value is optimised at the last. share_values: facts whose prompts are
     the same up to the subject's last token have one key; they get one value, optimised for all of them (False: one
-    each, as in the references, of which the update then writes the mean). passes: with several keys, what the
+    each, as in the references, of which the update then writes the mean). passes: what the
     edited model still does not answer is written again on top, up to so many passes in all; one is what is published.
     allow_conflicts: take facts that say two things with the same words. target_tok, fact_token: tokenisation choices
     (methods §2.3, §2.4). template_style: of `context_templates`.
@@ -112,14 +112,13 @@ def edit_batch(
         lm.check_layer(layer)
     state = state or EditorState()
     state.check_model(lm)
-    is_batch = len(key_groups(lm, facts, hparams)) > 1
     parts: list[Edit] = []
     missing = list(facts)
     with ExitStack() as active:
         while missing:
             part = _one_pass(lm, missing, hparams=hparams, templates=templates, method=method, rule=rule, state=state)
             parts.append(part)
-            if not is_batch or len(parts) == hparams.passes:
+            if len(parts) == hparams.passes:
                 break
             active.enter_context(part.applied(lm))
             state = state.after(part)
@@ -249,10 +248,16 @@ def _joined(parts: Sequence[Edit]) -> Edit:
     modules = []
     for module in first.modules:
         own = [part.module(module.layer) for part in parts]
-        deltas = [one.delta for one in own if isinstance(one.delta, LowRank)]
+        delta = LowRank.concat([one.delta for one in own if isinstance(one.delta, LowRank)])
         kept = [one.vectors[PAST_KEYS] for one in own if PAST_KEYS in one.vectors]
         vectors = {PAST_KEYS: torch.cat(kept)} if kept else {}
-        modules.append(ModuleEdit(module.layer, LowRank.concat(deltas), vectors=vectors))
+        if len(first.facts) == 1 and "k_star" in module.vectors:
+            key = module.vectors["k_star"]
+            written = delta @ key
+            # ρ(k) = ⟨ΔW k, ΔW k*⟩/‖ΔW k*‖² of the whole update (methods §17)
+            response = delta.right.T @ (delta.left.T @ written) / written.square().sum()
+            vectors |= {"k_star": key, "direction": module.vectors["direction"], "response": response}
+        modules.append(ModuleEdit(module.layer, delta, vectors=vectors))
     later = [[fact.text for fact in part.facts] for part in parts[1:]]
     return replace(first, modules=tuple(modules), notes={**first.notes, "later_passes": later})
 

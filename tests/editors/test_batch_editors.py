@@ -298,19 +298,30 @@ def test_later_passes_write_what_is_missing(tiny_llama64: EditableLM, method: st
     assert lm.active_edits == []
 
 
-def test_passes_end_where_nothing_is_missing_and_leave_single_facts_alone(
-    tiny_llama64: EditableLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_passes_end_where_nothing_is_missing(tiny_llama64: EditableLM, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny_llama64
-    alone = make(lm, "memit", FACTS[:1], passes=5, mom2_update_weight=1e9)
-    assert "later_passes" not in alone.notes
-    assert "response" in alone.module(0).vectors
     for missing, n_later in (([], 0), ([FACTS[1]], 2)):
         monkeypatch.setattr(batch, "unanswered", lambda *_, missing=missing, **__: missing)
         edit = make(lm, "memit", FACTS[:2], passes=3)
         assert edit.notes.get("later_passes", []) == [[FACTS[1].text]] * n_later
     with pytest.raises(HparamError, match="passes=0 must be at least 1"):
         make(lm, "memit", FACTS, passes=0)
+
+
+def test_a_fact_written_in_several_passes_has_one_response(tiny_llama64: EditableLM) -> None:
+    """ρ(k) = ⟨ΔW k, ΔW k*⟩/‖ΔW k*‖² of the whole update, 1 at its own key."""
+    lm = tiny_llama64
+    edit = make(lm, "memit", FACTS[:1], passes=3, mom2_update_weight=60.0)
+    assert len(edit.notes["later_passes"]) == 2
+    for module in edit.modules:
+        assert isinstance(module.delta, LowRank)
+        assert module.delta.rank == 3
+        dense, key, response = module.delta.to_dense(), module.vectors["k_star"], module.vectors["response"]
+        probe = torch.randn(len(key), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        written = dense @ key
+        expected = (dense @ probe) @ written / (written @ written)
+        torch.testing.assert_close(probe @ response, expected, rtol=1e-9, atol=1e-12)
+        assert float(key @ response) == pytest.approx(1.0, rel=1e-9)
 
 
 def test_unanswered_reads_the_models_own_answer(tiny_llama64: EditableLM) -> None:
