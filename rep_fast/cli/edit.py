@@ -56,7 +56,7 @@ def edit(
     prompt: PromptOption,
     subject: SubjectOption,
     target: TargetOption,
-    method: Annotated[str, typer.Option("--method", help="rome or r-rome.")] = "rome",
+    method: Annotated[str, typer.Option("--method", help="Editor: rome, memit, alphaedit …")] = "rome",
     rep: Annotated[bool, typer.Option("--rep", help="Also train REP's key adapter, so that rephrasings work.")] = False,
     rep_objective: Annotated[
         str | None, typer.Option("--rep-objective", help="calibrated or paper; implies --rep.")

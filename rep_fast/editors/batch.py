@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from rep_fast.editors.keys import KeyReader, LookupRows
 from rep_fast.editors.least_squares import BatchUpdate, solve_batch, spread_share
-from rep_fast.editors.state import PAST_KEYS, EditorState
+from rep_fast.editors.passes import WrittenKeys, joined_passes, protecting, unanswered
+from rep_fast.editors.state import EditorState
 from rep_fast.editors.value import HIDDEN, OptimisedValue, ValueHparams, optimise_values
-from rep_fast.edits import Edit, LowRank, ModuleEdit
-from rep_fast.errors import HparamError, PromptError
+from rep_fast.edits import PAST_KEYS, Edit, LowRank, ModuleEdit
+from rep_fast.errors import HparamError, NothingToEditError, PromptError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM, Site
 from rep_fast.presets import flat_mapping
@@ -112,44 +113,43 @@ def edit_batch(
         lm.check_layer(layer)
     state = state or EditorState()
     state.check_model(lm)
+    n_keys = len(key_groups(lm, facts, hparams))
     parts: list[Edit] = []
+    written = WrittenKeys(lambda fact: key_tokens(lm, fact, hparams))
     missing = list(facts)
     with ExitStack() as active:
         while missing:
-            part = _one_pass(lm, missing, hparams=hparams, templates=templates, method=method, rule=rule, state=state)
+            protected = protecting(state, written.without(missing), lm)
+            try:
+                part = _one_pass(
+                    lm, missing, n_keys=n_keys, hparams=hparams, templates=templates, method=method, rule=rule,
+                    state=protected,
+                )  # fmt: skip
+            except NothingToEditError:
+                if not parts:
+                    raise
+                break  # at the edge of rounding the optimisation sees an answer where the plain forward saw none
             parts.append(part)
+            written.add(part, [missing[group[0]] for group in key_groups(lm, missing, hparams)])
             if len(parts) == hparams.passes:
                 break
             active.enter_context(part.applied(lm))
-            state = state.after(part)
             missing = unanswered(lm, facts, target_tok=hparams.target_tok)
-    return parts[0] if len(parts) == 1 else _joined(parts)
-
-
-def unanswered(lm: EditableLM, facts: Sequence[Fact], *, target_tok: str) -> list[Fact]:
-    """The facts whose bare prompt the model, as it stands, does not answer with the new target."""
-    answers = [lm.answer(fact.text, fact.target_new, mode=target_tok) for fact in facts]
-    with torch.no_grad():
-        rows = lm.logits([answer.input_ids for answer in answers], at=[answer.positions for answer in answers])
-    found = iter(rows.argmax(dim=-1).tolist())
-    return [
-        fact
-        for fact, answer in zip(facts, answers, strict=True)
-        if [next(found) for _ in answer.positions] != list(answer.target_ids)
-    ]
+    return parts[0] if len(parts) == 1 else joined_passes(parts, written)
 
 
 def _one_pass(
     lm: EditableLM,
     facts: Sequence[Fact],
     *,
+    n_keys: int,
     hparams: BatchHparams,
     templates: Sequence[str],
     method: str,
     rule: Rule,
     state: EditorState,
 ) -> Edit:
-    """Values, keys and updates of these facts on the model as it stands."""
+    """Values, keys and updates of these facts on the model as it stands; `n_keys` of the whole batch sets the ridge."""
     groups = key_groups(lm, facts, hparams)
     grouped = [[facts[number] for number in group] for group in groups]
     found = optimise_values(
@@ -158,7 +158,7 @@ def _one_pass(
     )  # fmt: skip
     rows = LookupRows.of(lm, [group[0] for group in grouped], templates, fact_token=hparams.fact_token)
     targets = torch.stack([value.v_star for value in found])
-    written = write_layers(lm, KeyReader(lm, rows), hparams.layers, targets, rule, state)
+    written = write_layers(lm, KeyReader(lm, rows), hparams.layers, targets, rule, state, n_keys=n_keys)
     return _as_edit(lm, facts, groups, found, written, hparams, templates, method, rule)
 
 
@@ -177,19 +177,26 @@ def key_groups(lm: EditableLM, facts: Sequence[Fact], hparams: BatchHparams) -> 
                 f"facts {first} and {number} contradict each other: {fact.text!r} cannot be both {target!r} and "
                 f"{fact.target_new!r}; leave one out, or set allow_conflicts"
             )
-        located = lm.locate(fact.prompt, fact.subject, strategy=hparams.fact_token)
-        own: Any = located.ids[: located.position + 1] if hparams.share_values else number
+        own: Any = key_tokens(lm, fact, hparams) if hparams.share_values else number
         groups.setdefault(own, []).append(number)
     return list(groups.values())
 
 
+def key_tokens(lm: EditableLM, fact: Fact, hparams: BatchHparams) -> tuple[int, ...]:
+    """What a fact's bare key depends on: the prompt's tokens up to the one that is looked up."""
+    located = lm.locate(fact.prompt, fact.subject, strategy=hparams.fact_token)
+    return tuple(located.ids[: located.position + 1])
+
+
 def write_layers(
-    lm: EditableLM, reader: KeyReader, layers: Sequence[int], targets: Tensor, rule: Rule, state: EditorState
-) -> list[LayerWrite]:
+    lm: EditableLM, reader: KeyReader, layers: Sequence[int], targets: Tensor, rule: Rule, state: EditorState, *,
+    n_keys: int,
+) -> list[LayerWrite]:  # fmt: skip
     """The updates of all layers, from below; the model is as it was when this returns.
 
     Args:
         targets: [n, D], wanted at the rule's site of the last layer, at the keys' tokens of the bare prompts.
+        n_keys: what the rule's ridge is told; of the whole batch, also where a pass writes fewer.
     """
     site, written = Site(rule.sites[-1], layers[-1]), []
     with ExitStack() as active:
@@ -200,7 +207,7 @@ def write_layers(
             update = solve_batch(
                 columns, missing.T * spread_share(step, len(layers), root=rule.root),
                 metric=partial(_metric_at, rule, layer),
-                ridge=rule.ridge(layer, columns.shape[1]), past=state.columns(layer, like=columns),
+                ridge=rule.ridge(layer, n_keys), past=state.columns(layer, like=columns),
             )  # fmt: skip
             delta = update.delta().to(dtype=targets.dtype)
             written.append(LayerWrite(layer, columns, update, delta, float(missing.norm(dim=1).mean())))
@@ -240,26 +247,6 @@ def _as_edit(
         facts=tuple(facts), method=method, hparams=flat_mapping(hparams), fingerprint=lm.fingerprint,
         modules=tuple(modules), notes=notes, tensors=dict(zip(names, values, strict=True)), model_name=lm.name,
     )  # fmt: skip
-
-
-def _joined(parts: Sequence[Edit]) -> Edit:
-    """One edit that does what the passes do one on top of the other."""
-    first = parts[0]
-    modules = []
-    for module in first.modules:
-        own = [part.module(module.layer) for part in parts]
-        delta = LowRank.concat([one.delta for one in own if isinstance(one.delta, LowRank)])
-        kept = [one.vectors[PAST_KEYS] for one in own if PAST_KEYS in one.vectors]
-        vectors = {PAST_KEYS: torch.cat(kept)} if kept else {}
-        if len(first.facts) == 1 and "k_star" in module.vectors:
-            key = module.vectors["k_star"]
-            written = delta @ key
-            # ρ(k) = ⟨ΔW k, ΔW k*⟩/‖ΔW k*‖² of the whole update (methods §17)
-            response = delta.right.T @ (delta.left.T @ written) / written.square().sum()
-            vectors |= {"k_star": key, "direction": module.vectors["direction"], "response": response}
-        modules.append(ModuleEdit(module.layer, delta, vectors=vectors))
-    later = [[fact.text for fact in part.facts] for part in parts[1:]]
-    return replace(first, modules=tuple(modules), notes={**first.notes, "later_passes": later})
 
 
 def _vectors(write: LayerWrite, *, remembers: bool) -> dict[str, Tensor]:

@@ -69,8 +69,8 @@ def solve_batch(
     # a pivot of rounding size means dependence that rounding happened to lift above zero
     if int(failed) or bool(pivots.min() <= len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().max()):
         raise SolverError(
-            f"the {len(gram)} keys of this batch depend linearly on each other, so that no update writes all of them "
-            f"with a ridge of {ridge:g}; give the method a positive one"
+            f"{n} keys to write and {len(gram) - n} past ones depend linearly on each other, so that no update serves "
+            f"all of them with a ridge of {ridge:g}; give the method a larger one"
         )
     wanted = torch.eye(len(gram), n, dtype=gram.dtype, device=gram.device)
     return BatchUpdate(residuals, torch.cholesky_solve(wanted, factor).T @ images.T, images[:, :n])

@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rep_fast.edits import Edit
+from rep_fast.edits import PAST_KEYS, Edit
 from rep_fast.errors import CorruptFileError, FingerprintError, LayerError
 from rep_fast.models import EditableLM
 from rep_fast.tensor_files import load_tensors, save_tensors
 
 KIND = "editor-state"
 VERSION = 1
-PAST_KEYS = "past_keys"
 
 
 @dataclass(frozen=True, eq=False)

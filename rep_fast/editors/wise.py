@@ -218,9 +218,9 @@ def _subject_tokens(lm: EditableLM, prompts: Sequence[str], subject: str, is_pro
 
 
 def _prompt_gap(examples: Examples, change: Tensor, activation: str) -> float:
-    """What routing will measure, on the rows of training, averaged over them."""
+    """What routing will measure at least, on the rows of training."""
     side = examples.values + examples.keys @ change.T
-    return float(prompt_gaps(examples.values, side, ForwardPass.of(examples.batch), activation).mean())
+    return float(prompt_gaps(examples.values, side, ForwardPass.of(examples.batch), activation).min())
 
 
 def _row_means(gaps: Tensor, where: Tensor) -> Tensor:

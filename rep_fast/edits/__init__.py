@@ -7,7 +7,7 @@ from rep_fast.edits.applying import AppliedEdit, active_composition, replacement
 from rep_fast.edits.codebook import Codebook
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.dense import Dense
-from rep_fast.edits.edit import Edit, ModuleEdit
+from rep_fast.edits.edit import PAST_KEYS, Edit, ModuleEdit
 from rep_fast.edits.key_adapter import KeyAdapter
 from rep_fast.edits.low_rank import LowRank
 from rep_fast.edits.prune import prune
@@ -18,6 +18,7 @@ from rep_fast.edits.slices import Slices
 from rep_fast.edits.stack import EditStack
 
 __all__ = [
+    "PAST_KEYS",
     "AppliedEdit",
     "Codebook",
     "Delta",

@@ -8,7 +8,7 @@ import torch
 
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.dense import Dense
-from rep_fast.edits.edit import Edit, ModuleEdit
+from rep_fast.edits.edit import PAST_KEYS, Edit, ModuleEdit
 from rep_fast.edits.low_rank import LowRank
 from rep_fast.edits.replacement import Replacement
 from rep_fast.edits.slices import Slices
@@ -19,7 +19,8 @@ def accumulate(edits: Sequence[Edit]) -> Edit:
     """One edit that does what these do when they are applied one after another.
 
     Deltas of one kind keep it, mixtures become dense; adapters follow in the order of the edits; replacements act as
-    one. Vectors, tensors and notes, which describe single updates, are left out; hyper-parameters go to `notes`.
+    one. Past keys are kept; other vectors, tensors and notes, which describe single updates, are left out;
+    hyper-parameters go to `notes`.
 
     Raises:
         HparamError: no edits, or replacements that do not follow one rule. FingerprintError: edits of different models.
@@ -41,7 +42,17 @@ def accumulate(edits: Sequence[Edit]) -> Edit:
         deltas = [module.delta for module in parts if module.delta is not None]
         adapters = tuple(adapter for module in parts for adapter in module.adapters)
         replacements = [module.replacement for module in parts if module.replacement is not None]
-        modules.append(ModuleEdit(layer, _sum(deltas), adapters, linear, replacement=_as_one(replacements, layer)))
+        kept = [module.vectors[PAST_KEYS] for module in parts if PAST_KEYS in module.vectors]
+        modules.append(
+            ModuleEdit(
+                layer,
+                _sum(deltas),
+                adapters,
+                linear,
+                vectors={PAST_KEYS: torch.cat(kept)} if kept else {},
+                replacement=_as_one(replacements, layer),
+            )
+        )
     return Edit(
         facts=tuple(fact for edit in edits for fact in edit.facts),
         method="+".join(dict.fromkeys(edit.method for edit in edits)),

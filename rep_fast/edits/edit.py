@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from rep_fast.models import EditableLM
 
 
+# name among a module's vectors: keys [n, M] that later edits must leave alone
+PAST_KEYS = "past_keys"
+
+
 @dataclass(frozen=True, eq=False)
 class ModuleEdit:
     """What an edit does at one linear module of a layer: adapters on its input, then the delta, then the replacement.
@@ -53,6 +57,11 @@ class ModuleEdit:
     def place(self) -> tuple[int, str]:
         """(layer, linear)."""
         return self.layer, self.linear
+
+
+def past_keys_of(module: ModuleEdit) -> dict[str, Tensor]:
+    """Those of a module's vectors that hold for whatever becomes of its update: the past keys."""
+    return {name: vector for name, vector in module.vectors.items() if name == PAST_KEYS}
 
 
 @dataclass(frozen=True, eq=False)

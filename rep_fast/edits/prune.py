@@ -18,7 +18,7 @@ from torch import Tensor
 from rep_fast.edits.applying import check_fits
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.dense import Dense
-from rep_fast.edits.edit import Edit, ModuleEdit
+from rep_fast.edits.edit import Edit, ModuleEdit, past_keys_of
 from rep_fast.edits.low_rank import LowRank
 from rep_fast.edits.slices import Slices
 from rep_fast.errors import HparamError, LayerError
@@ -52,7 +52,9 @@ def prune(edit: Edit, lm: EditableLM, *, base: float = math.e) -> Edit:
             continue
         limit = spectral_norm(lm.linear_weight(*module.place))
         pruned, largest = _pruned(module, limit, base)
-        modules.append(module if pruned is module.delta else replace(module, delta=pruned, vectors={}))
+        modules.append(
+            module if pruned is module.delta else replace(module, delta=pruned, vectors=past_keys_of(module))
+        )
         report.append({"layer": module.layer, "linear": module.linear, "largest": largest, "limit": limit})
     notes: dict[str, Any] = {**edit.notes, "prune": {"base": base, "modules": report}}
     return replace(edit, modules=tuple(modules), notes=notes)
@@ -84,7 +86,7 @@ def _pruned(module: ModuleEdit, limit: float, base: float) -> tuple[Delta, float
         # thin QR of both factors leaves an r × r matrix with the same singular values
         q_left, r_left = torch.linalg.qr(delta.left.double())
         q_right, r_right = torch.linalg.qr(delta.right.double().T)
-        u, values, vh = torch.linalg.svd(r_left @ r_right.T)
+        u, values, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
         largest = _largest(values)
         if largest <= limit:
             return delta, largest

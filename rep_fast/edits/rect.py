@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rep_fast.edits.applying import check_fits
 from rep_fast.edits.dense import Dense
-from rep_fast.edits.edit import Edit
+from rep_fast.edits.edit import Edit, past_keys_of
 from rep_fast.edits.prune import check_clean
 from rep_fast.errors import HparamError
 
@@ -47,7 +47,7 @@ def rect(edit: Edit, lm: EditableLM, *, share: float = 0.2, epsilon: float = 0.0
         change = module.delta.to_dense()
         weight = lm.linear_weight(*module.place).detach().to(change)
         kept = torch.where(relatively_largest(change, weight + epsilon, share=share), change, 0.0)
-        modules.append(replace(module, delta=Dense(kept), vectors={}))
+        modules.append(replace(module, delta=Dense(kept), vectors=past_keys_of(module)))
     notes: dict[str, Any] = {**edit.notes, "rect": {"share": share, "epsilon": epsilon}}
     return replace(edit, modules=tuple(modules), notes=notes)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rep_fast.edits import Edit
-from rep_fast.errors import NothingToEditError, PromptError, TokenizationError
+from rep_fast.errors import NonFiniteError, NothingToEditError, PromptError, SolverError, TokenizationError
 from rep_fast.evaluation.fluency import (
     GenerationPrompt,
     References,
@@ -25,8 +25,9 @@ from rep_fast.evaluation.scoring import PlannedBatch, ScoringPlan, TargetScore, 
 from rep_fast.facts import EditCase, PerturbedCase, TextSource
 from rep_fast.models import EditableLM
 
-# What is wrong with one record must not end a run of hundreds; anything else is wrong with the run and does.
-CASE_ERRORS = (PromptError, NothingToEditError, TokenizationError)
+# What is wrong with one record must not end a run of hundreds, nor a model that a sequence of edits has driven to NaN;
+# anything else is wrong with the run and does.
+CASE_ERRORS = (PromptError, NothingToEditError, TokenizationError, NonFiniteError, SolverError)
 # padded tokens of the plans that are kept between columns and checkpoints; a token costs some hundred bytes
 _KEPT_TOKENS = 1_000_000
 

@@ -156,6 +156,9 @@ def test_shares_of_perfect_writes(root: bool, wanted: list[float]) -> None:
 def test_dependent_keys_need_a_ridge(problem: Problem) -> None:
     twice = torch.cat([problem.keys, problem.keys[:, :1]], dim=1)
     residuals = problem.residuals[:, [*range(N), 0]]
-    with pytest.raises(SolverError, match=r"8 keys .* depend linearly .* ridge of 0; give the method a positive one"):
+    with pytest.raises(
+        SolverError,
+        match=r"8 keys to write and 0 past ones depend linearly .* ridge of 0; give the method a larger one",
+    ):
         solve_batch(twice, residuals, metric=problem.whiten, ridge=0.0)
     solve_batch(twice, residuals, metric=problem.whiten, ridge=0.1)

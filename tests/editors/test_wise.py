@@ -133,7 +133,7 @@ def test_the_threshold_is_what_routing_measures(build_lm: Callable[..., Editable
         return float((plain_act(lm, value) - plain_act(lm, side)).norm(dim=-1).mean())
 
     gaps = [gap_of(template.replace("{}", SHORT.text)) for template in TEMPLATES]
-    assert memory.gaps[0] == pytest.approx(sum(gaps) / len(gaps), rel=1e-9)
+    assert memory.gaps[0] == pytest.approx(min(gaps), rel=1e-9)
     with edit.applied(lm):
         assert score_targets(lm, [(SHORT.text, SHORT.target_new)])[0].exact_match
     # another prompt goes through the memory exactly when its own gap reaches the threshold

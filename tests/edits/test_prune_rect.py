@@ -71,6 +71,25 @@ def test_singular_values_above_the_weight_s_are_bounded(
     assert report["largest"] == pytest.approx(values[0].item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("rank", [9, 40])
+def test_more_updates_than_a_side_has_directions(tiny_llama64: EditableLM, rank: int) -> None:
+    """Accumulated edits: the factors have more columns than the smaller side, then than both."""
+    lm = tiny_llama64
+    generator = torch.Generator().manual_seed(0)
+    outputs, inputs = lm.linear_shape(1, "down")
+    rank += outputs if rank < 40 else inputs
+    left, right = (torch.randn(*s, generator=generator).double() for s in ((outputs, rank), (rank, inputs)))
+    module = ModuleEdit(1, LowRank(left, right), vectors={"past_keys": right[:2], "k_star": right[0]})
+    edit = Edit((), "x", {}, lm.fingerprint, (module,), model_name=lm.name)
+    pruned = prune(edit, lm).modules[0]
+    assert pruned.delta is not None
+    limit = float(torch.linalg.matrix_norm(lm.linear_weight(1, "down").detach(), 2))
+    largest = float(torch.linalg.matrix_norm(left @ right, 2))
+    found = float(torch.linalg.matrix_norm(pruned.delta.to_dense(), 2))
+    assert found == pytest.approx(limit + math.log(largest) - math.log(limit), rel=1e-9)
+    assert list(pruned.vectors) == ["past_keys"]
+
+
 @pytest.mark.parametrize("kind", ["low_rank", "dense", "columns"])
 def test_an_update_below_the_limit_is_left_alone(tiny_llama64: EditableLM, kind: str) -> None:
     adapter = KeyAdapter.initial(tiny_llama64.key_width(2), rank=1, gate_hidden=2)
