@@ -375,7 +375,7 @@ class _StepColumn:
         self._bench, self._method, self._objective = bench, method, objective
 
     def __call__(self, cases: Sequence[EditCase], seed: int, active: Sequence[Edit]) -> Edit:
-        state = EditorState.of(active)
+        state = EditorState.of(active) if "state" in editors.get(self._method).takes else None
         if len(cases) == 1:
             return self._bench.edit(cases[0], method=self._method, rep=self._objective or False, state=state, seed=seed)
         if self._objective is not None:

@@ -41,10 +41,7 @@ class EditorState:
         Raises:
             FingerprintError: they are edits of different models.
         """
-        found = cls()
-        for edit in edits:
-            found = found.after(edit)
-        return found
+        return cls()._with(edits)
 
     def after(self, edit: Edit) -> EditorState:
         """The state with one more edit.
@@ -52,18 +49,25 @@ class EditorState:
         Raises:
             FingerprintError: the edit is one of another model.
         """
-        added = {module.layer: module.vectors[PAST_KEYS] for module in edit.modules if PAST_KEYS in module.vectors}
-        if not added:
-            return self
-        if self.past_keys and edit.fingerprint != self.fingerprint:
-            raise FingerprintError(
-                f"a state of {self.model_name or 'a model'} ({self.fingerprint[:12]}…) cannot take an edit of "
-                f"{edit.model_name or 'another'} ({edit.fingerprint[:12]}…); keep one state per model"
-            )
-        joined = dict(self.past_keys)
-        for layer, keys in added.items():
-            joined[layer] = torch.cat([joined[layer], keys.to(joined[layer])]) if layer in joined else keys
-        return EditorState(joined, edit.fingerprint, edit.model_name)
+        return self._with([edit])
+
+    def _with(self, edits: Iterable[Edit]) -> EditorState:
+        """Rows are joined once per layer, however many edits bring some."""
+        rows = {layer: [keys] for layer, keys in self.past_keys.items()}
+        fingerprint, model_name = self.fingerprint, self.model_name
+        for edit in edits:
+            added = {module.layer: module.vectors[PAST_KEYS] for module in edit.modules if PAST_KEYS in module.vectors}
+            if added and rows and edit.fingerprint != fingerprint:
+                raise FingerprintError(
+                    f"a state of {model_name or 'a model'} ({fingerprint[:12]}…) cannot take an edit of "
+                    f"{edit.model_name or 'another'} ({edit.fingerprint[:12]}…); keep one state per model"
+                )
+            if added:
+                fingerprint, model_name = edit.fingerprint, edit.model_name
+            for layer, keys in added.items():
+                rows.setdefault(layer, []).append(keys)
+        joined = {layer: torch.cat([one.to(own[0]) for one in own]) for layer, own in rows.items()}
+        return EditorState(joined, fingerprint, model_name)
 
     def columns(self, layer: int, *, like: Tensor) -> Tensor | None:
         """K_past [M, p] of one layer with dtype and device of `like`, None where there are none."""

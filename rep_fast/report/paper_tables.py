@@ -173,8 +173,9 @@ def read_run(directory: str | Path) -> dict[str, Any]:
 
 
 def fitting_layout(runs: Iterable[Mapping[str, Any]]) -> str:
-    """ "rep" for runs that asked perturbed prompts one edit at a time, else "path"."""
-    return "rep" if all(_regime(run) == "single" for run in runs) else "path"
+    """ "rep" where every run asked about rephrased subjects, which only those tables have, else "path"."""
+    asked = [any("rephrase_ood" in cells for cells in run["columns"].values()) for run in runs]
+    return "rep" if all(asked) else "path"
 
 
 def fitting_tables(

@@ -80,8 +80,15 @@ def test_path_metrics_find_their_printed_columns() -> None:
 def test_what_fits_a_run() -> None:
     known = [published_table(name) for name in published_names()]
     single, sequence = run(rome={"success": 1.0}), run("sequential:200", rome={"rewrite_tm": 1.0})
-    assert fitting_layout([single]) == "rep"
+    five = run("sequential:5", rome={"success": 79.3, "rephrase_ood": 59.9})
+    single = run(rome={"success": 1.0, "rephrase_ood": 2.0})
+    assert fitting_layout([single]) == fitting_layout([single, five]) == "rep"
     assert fitting_layout([single, sequence]) == "path"
+    assert [one.name for one in fitting_tables([five], "rep", known)] == ["rep_v2_table4_sequential5"]
+    # the AlphaEdit study's groups of 100 are written on the running model, not each on the clean one
+    running = run("cumulative:100", memit={"rewrite_tm": 1.0})
+    assert [one.name for one in fitting_tables([running], "path", known)] == ["path_table1_batch100"]
+    assert fitting_tables([run("batch:100", memit={"rewrite_tm": 1.0})], "path", known) == []
     assert [one.name for one in fitting_tables([sequence], "path", known)] == ["path_table2_consecutive"]
     fitting = [one.name for one in fitting_tables([single], "rep", known)]
     assert fitting == ["rep_v2_table2_counterfact", "rep_v2_table3_zsre"]

@@ -29,9 +29,9 @@ class PublishedRow:
 class PublishedTable:
     """One printed table.
 
-    name: of its file. layout: which columns it has ("rep" or "path"). regime: how edits were made ("single", "batch",
-    "sequential"). protocol: what its numbers count. anomalies: sentences a reader must know. is_superseded: another
-    table prints the same quantities for more models or seeds.
+    name: of its file. layout: which columns it has ("rep" or "path"). regime: how edits were made ("single",
+    "cumulative", "sequential"). protocol: what its numbers count. anomalies: sentences a reader must know.
+    is_superseded: another table prints the same quantities for more models or seeds.
     """
 
     name: str
