@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from rep_fast.errors import BackendError, HparamError, NonFiniteError, SingularMomentError
 from rep_fast.ops import native
@@ -163,7 +163,7 @@ def _check_shapes(lower: Tensor, keys: Tensor) -> None:
         raise HparamError(f"accumulate_moment: keys are on {keys.device}, the sum is on {lower.device}")
 
 
-@torch.library.custom_op("rep_fast::accumulate_moment", mutates_args=("lower",))
+@library.custom_op("rep_fast::accumulate_moment", mutates_args=("lower",))
 def _accumulate_moment(lower: Tensor, keys: Tensor, precision: str) -> None:
     _check_shapes(lower, keys)
     T, M = keys.shape

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from scipy.linalg import lapack
-from torch import Tensor
+from torch import Tensor, library
 
 from rep_fast.ops import native
 from rep_fast.ops.backend import choose
@@ -49,7 +49,7 @@ class Factor:
         return found
 
 
-@torch.library.custom_op("rep_fast::cholesky_solve", mutates_args=())
+@library.custom_op("rep_fast::cholesky_solve", mutates_args=())
 def _cholesky_solve(lower: Tensor, inverses: Tensor, scale: Tensor, b: Tensor) -> Tensor:
     """S L⁻ᵀ L⁻¹ S b, [M, n] float64; arguments as in `Factor`."""
     _check_solve(lower, inverses, scale, b)

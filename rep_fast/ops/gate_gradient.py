@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import gelu, linear
 
 from rep_fast.ops import native
@@ -44,7 +44,7 @@ def gate_gradient(keys: Tensor, hidden: Tensor, w2: Tensor, d_logits: Tensor) ->
     return GateGradient(*torch.ops.rep_fast.gate_gradient(keys, hidden, w2, d_logits))
 
 
-_library = torch.library.Library("rep_fast", "FRAGMENT")
+_library = library.Library("rep_fast", "FRAGMENT")
 _library.define("gate_forward(Tensor keys, Tensor w1, Tensor b1, Tensor w2, Tensor b2) -> (Tensor, Tensor)")
 _library.define(
     "gate_gradient(Tensor keys, Tensor hidden, Tensor w2, Tensor d_logits) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -113,6 +113,6 @@ _library.impl("gate_forward", _forward, "CPU")
 _library.impl("gate_forward", _forward, "CUDA")
 _library.impl("gate_gradient", _gradient, "CPU")
 _library.impl("gate_gradient", _gradient, "CUDA")
-torch.library.register_fake("rep_fast::gate_forward", _fake_forward, lib=_library)
-torch.library.register_fake("rep_fast::gate_gradient", _fake_gradient, lib=_library)
-torch.library.register_autograd("rep_fast::gate_forward", _backward, setup_context=_remember, lib=_library)
+library.register_fake("rep_fast::gate_forward", _fake_forward, lib=_library)
+library.register_fake("rep_fast::gate_gradient", _fake_gradient, lib=_library)
+library.register_autograd("rep_fast::gate_forward", _backward, setup_context=_remember, lib=_library)

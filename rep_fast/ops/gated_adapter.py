@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import gelu, linear
 
 from rep_fast.errors import HparamError, NonFiniteError
@@ -186,7 +186,7 @@ def _unflatten(weights: Sequence[Tensor]) -> list[AdapterWeights]:
 
 
 # Library.define, not custom_op: this one is called per layer and generated token, where 6 µs a call count
-_library = torch.library.Library("rep_fast", "FRAGMENT")
+_library = library.Library("rep_fast", "FRAGMENT")
 _library.define("gated_adapter(Tensor keys, Tensor[] weights, float[] thresholds, str compose) -> (Tensor, Tensor)")
 _library.define("gate_logits(Tensor keys, Tensor[] weights) -> Tensor")
 
@@ -403,6 +403,6 @@ _library.impl("gated_adapter", _forward, "CPU")
 _library.impl("gated_adapter", _forward, "CUDA")
 _library.impl("gate_logits", _forward_logits, "CPU")
 _library.impl("gate_logits", _forward_logits, "CUDA")
-torch.library.register_fake("rep_fast::gated_adapter", _fake, lib=_library)
-torch.library.register_fake("rep_fast::gate_logits", _fake_logits, lib=_library)
-torch.library.register_autograd("rep_fast::gated_adapter", _backward, setup_context=_remember, lib=_library)
+library.register_fake("rep_fast::gated_adapter", _fake, lib=_library)
+library.register_fake("rep_fast::gate_logits", _fake_logits, lib=_library)
+library.register_autograd("rep_fast::gated_adapter", _backward, setup_context=_remember, lib=_library)

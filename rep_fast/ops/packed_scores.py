@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from rep_fast.errors import HparamError, NonFiniteError
 from rep_fast.ops import native
@@ -176,7 +176,7 @@ def _check_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.empty(b.shape[1], dtype=torch.float64, device=b.device)
 
 
-@torch.library.custom_op("rep_fast::abs_product_sum", mutates_args=())
+@library.custom_op("rep_fast::abs_product_sum", mutates_args=())
 def _abs_product_sum(a: Tensor, b: Tensor) -> Tensor:
     """Σ_p |Σ_t a_tp b_tq| for every q, [Q] float64; aᵀb lives one tile at a time."""
     total = _check_product(a, b)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from rep_fast.ops import native
 from rep_fast.ops.backend import choose
@@ -13,7 +13,7 @@ from rep_fast.ops.profile import recorded
 _TILE_ROWS = 512
 
 
-@torch.library.custom_op("rep_fast::spd_residual", mutates_args=())
+@library.custom_op("rep_fast::spd_residual", mutates_args=())
 def _spd_residual(matrix: Tensor, shift: float, x: Tensor, b: Tensor) -> Tensor:
     """b − (C + shift·I) x, [M, n] float64; C [M, M] float32 or float64 is widened a tile at a time."""
     _check(matrix, x, b)

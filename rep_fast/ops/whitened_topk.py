@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from rep_fast.errors import BackendError, HparamError, NonFiniteError
 from rep_fast.ops import native
@@ -118,7 +118,7 @@ _NO_EXCLUSION = dict.fromkeys(
 ) | {"window": 0}
 
 
-@torch.library.custom_op("rep_fast::whitened_topk", mutates_args=())
+@library.custom_op("rep_fast::whitened_topk", mutates_args=())
 def _whitened_topk(
     keys: Tensor,
     queries: Tensor,

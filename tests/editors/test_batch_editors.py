@@ -330,13 +330,21 @@ def test_a_fact_written_in_several_passes_has_one_response(tiny_llama64: Editabl
         assert float(key @ response) == pytest.approx(1.0, rel=1e-9)
 
 
-def test_unanswered_reads_the_models_own_answer(tiny_llama64: EditableLM) -> None:
+def test_a_fact_is_answered_when_every_target_token_is_said(
+    tiny_llama64: EditableLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm = tiny_llama64
-    fact = FACTS[0]
-    answer = lm.answer(fact.text, fact.target_new)
-    with torch.no_grad():
-        said = int(lm.logits([answer.prompt_ids])[0, -1].argmax())
-    own = Fact(fact.prompt, fact.subject, lm.decode([said]).strip() or "x")
-    if lm.answer(own.text, own.target_new).target_ids == (said,):
-        assert unanswered(lm, [own, fact], target_tok="in_context") == [fact]
-    assert unanswered(lm, [fact], target_tok="in_context") == [fact]
+    answers = [lm.answer(fact.text, fact.target_new) for fact in FACTS]
+    assert len(answers[1].target_ids) > 1
+    said = [list(answer.target_ids) for answer in answers]
+    said[1][-1] += 1  # one wrong token is enough
+    said[2][0] += 1
+
+    def logits(rows: Sequence[Sequence[int]], *, at: Sequence[Sequence[int]]) -> Tensor:
+        assert [tuple(row) for row in rows] == [tuple(answer.input_ids) for answer in answers]
+        assert [tuple(positions) for positions in at] == [answer.positions for answer in answers]
+        ids = torch.tensor([token for row in said for token in row])
+        return torch.nn.functional.one_hot(ids, lm.vocab_size).double()
+
+    monkeypatch.setattr(lm, "logits", logits)
+    assert unanswered(lm, FACTS, target_tok="in_context") == [FACTS[1], FACTS[2]]

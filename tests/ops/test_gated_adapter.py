@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -201,7 +200,11 @@ def test_bits_depend_neither_on_the_other_tokens_nor_on_threads(level: str, thre
 @pytest.mark.parametrize("dtype", KEY_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 31, 9), (3, 769, 8), (7, 17, 1), (50, 33, 49), (260, 1025, 5)], ids=str)
 def test_reads_nothing_beyond_the_tensors(
-    level: str, shape: tuple[int, int, int], dtype: torch.dtype, weights_dtype: torch.dtype
+    level: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype,
+    before_unreadable_page: Callable[[Tensor], Tensor],
 ) -> None:
     T, M, H = shape
     adapter = random_adapter(M, H, dtype=weights_dtype)
@@ -209,20 +212,6 @@ def test_reads_nothing_beyond_the_tensors(
     guarded = AdapterWeights(*(before_unreadable_page(part) for part in adapter))
     found = gated_adapter(before_unreadable_page(keys), guarded, tau=0.5)
     assert torch.equal(found, gated_adapter(keys, adapter, tau=0.5))
-
-
-def before_unreadable_page(values: Tensor) -> Tensor:
-    """A copy of `values` whose last element ends at a page that may not be read."""
-    n_bytes = values.numel() * values.element_size()
-    n_pages = -(-n_bytes // mmap.PAGESIZE)
-    memory = mmap.mmap(-1, (n_pages + 1) * mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + n_pages * mmap.PAGESIZE
-    libc = ctypes.CDLL(None, use_errno=True)
-    no_access = 0
-    assert libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), no_access) == 0
-    offset = n_pages * mmap.PAGESIZE - n_bytes
-    copy = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset).view(values.shape)
-    return copy.copy_(values)
 
 
 @pytest.mark.parametrize("T", [1, 5, 40])
