@@ -80,6 +80,13 @@ def test_memory_beyond_what_was_there():
     assert math.isnan(found) or 60 < found < 200
 
 
+def test_a_high_water_mark_that_does_not_come_down_measures_nothing(monkeypatch):
+    monkeypatch.setattr(interleaved, "_kilobytes", lambda status, name: {"VmRSS": 50_000, "VmHWM": 90_000}[name])
+    found, result = interleaved._extra_megabytes(lambda: "result")
+    assert math.isnan(found)
+    assert result == "result"
+
+
 def test_each_provider_runs_at_its_level_and_the_setting_comes_back(monkeypatch):
     monkeypatch.setenv("REP_FAST_ISA", "avx2")
     seen = []
