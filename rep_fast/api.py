@@ -115,14 +115,14 @@ class Workbench:
         """Hyper-parameters of an editor for this model."""
         return editors.get(method).hparams(self.lm, preset=self.preset, overrides=self._overrides["editor"])
 
-    def rep_hparams(self, objective: str | None = None) -> RepHparams:
-        """REP settings; None is the preset's default objective."""
+    def rep_hparams(self, objective: str | None = None, *, method: str | None = None) -> RepHparams:
+        """REP settings for the edits of a method (None: what holds for all); objective None is the preset's default."""
         chosen = dict(self._overrides["rep"])
         said = chosen.pop("objective", None)
         name = objective or said or self.preset.section("rep")["objective"]
         if name not in OBJECTIVES:
             raise HparamError(f"REP objective {name!r} is unknown; choose from {', '.join(OBJECTIVES)}")
-        values = {**self.preset.section(f"rep-{name}", family=self.lm.family), **chosen}
+        values = {**self.preset.section(f"rep-{name}", family=self.lm.family, method=method), **chosen}
         return from_flat_mapping(RepHparams, {"objective": name, **values}, where=f"rep (preset {self.preset.name})")
 
     def layers(self, method: str) -> tuple[int, ...]:
@@ -256,7 +256,7 @@ class Workbench:
         seed: int = 0,
     ) -> Edit:
         """The edit with an adapter trained for its subject."""
-        hparams = self.rep_hparams(objective)
+        hparams = self.rep_hparams(objective, method=edit.method)
         if isinstance(target, EditCase):
             # the same shuffles as evaluation with this preset holds against the edit
             join = self.preset.section("evaluation").get("shuffle_join", "decode")
@@ -339,8 +339,12 @@ class Workbench:
         found: dict[str, Any] = {method: flat_mapping(self.hparams(method)) for method in methods}
         for objective in objectives:
             if objective is not None:
-                hparams = self.rep_hparams(None if objective is True else str(objective))
-                found[f"rep[{hparams.objective}]"] = flat_mapping(hparams)
+                name = None if objective is True else str(objective)
+                general = self.rep_hparams(name)
+                found[f"rep[{general.objective}]"] = flat_mapping(general)
+                for method in methods:
+                    if (own := self.rep_hparams(name, method=method)) != general:
+                        found[f"rep[{own.objective}] on {method}"] = flat_mapping(own)
         shared = {
             "preset": self.preset.name,
             "text": self.text.digest,

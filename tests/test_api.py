@@ -46,6 +46,23 @@ def bench(tiny_llama: EditableLM, tmp_path: Path) -> api.Workbench:
     return api.Workbench(tiny_llama, text=TEXT, overrides=SMALL, cache_dir=tmp_path)
 
 
+def test_rep_takes_the_settings_of_the_edit_s_method(bench: api.Workbench) -> None:
+    bench.preset = dataclasses.replace(
+        bench.preset,
+        sections={**bench.preset.sections, "rep-paper": {"steps": 5, "by_method": {"memit": {"target": "raw"}}}},
+    )
+    assert bench.rep_hparams("paper").target == "whitened"
+    assert bench.rep_hparams("paper", method="memit").target == "raw"
+    found = bench.settings(["rome", "memit"], [None, "paper"])
+    assert found["rep[paper]"]["target"] == "whitened"
+    assert found["rep[paper] on memit"]["target"] == "raw"
+    assert "rep[paper] on rome" not in found
+    plain = bench.edit(FACT, method="rome")
+    for method, target in (("rome", "whitened"), ("memit", "raw")):
+        adapted = bench.with_rep(dataclasses.replace(plain, method=method), FACT, objective="paper")
+        assert adapted.modules[0].adapters[0].notes["hparams"]["target"] == target
+
+
 def test_columns_share_the_plain_edit(bench: api.Workbench) -> None:
     columns = bench.columns(["rome", "r-rome"], [None, True, "paper"])
     assert list(columns) == ["rome", "rome+rep", "rome+rep[paper]", "r-rome", "r-rome+rep", "r-rome+rep[paper]"]

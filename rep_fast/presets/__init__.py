@@ -1,8 +1,8 @@
 """Presets: hyper-parameters per method and model family, kept as YAML beside this file.
 
 A preset has one section per method (`rome`, `r-rome`, `rep`, `evaluation` …) with flat names; `by_family` inside a
-section overrides it for one model family, `like` takes another section as the start, and `extends` at the top names the
-preset that everything not said is taken from.
+section overrides it for one model family, `by_method` (REP's sections) for the edits of one method, `like` takes
+another section as the start, and `extends` at the top names the preset that everything not said is taken from.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import yaml
 
 from rep_fast.errors import HparamError
 
+BY_FAMILY, BY_METHOD = "by_family", "by_method"
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -27,12 +29,12 @@ class Preset:
     name: str
     sections: Mapping[str, Mapping[str, Any]]
 
-    def section(self, name: str, *, family: str | None = None) -> dict[str, Any]:
-        """Flat values of one section, for one model family."""
+    def section(self, name: str, *, family: str | None = None, method: str | None = None) -> dict[str, Any]:
+        """Flat values of one section, for one model family and, in REP's sections, the edits of one method."""
         raw = dict(self.sections.get(name, {}))
-        start = self.section(raw.pop("like"), family=family) if "like" in raw else {}
-        by_family = raw.pop("by_family", {})
-        return {**start, **raw, **by_family.get(family, {})}
+        start = self.section(raw.pop("like"), family=family, method=method) if "like" in raw else {}
+        by_family, by_method = raw.pop(BY_FAMILY, {}), raw.pop(BY_METHOD, {})
+        return {**start, **raw, **by_family.get(family, {}), **by_method.get(method, {})}
 
 
 def preset_names() -> tuple[str, ...]:
@@ -56,14 +58,18 @@ def load_preset(name: str) -> Preset:
 
 
 def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """`own` over `base`; a value said by the extending preset also wins over the base's `by_family`."""
-    families = {
-        family: {key: value for key, value in values.items() if key not in own}
-        for family, values in base.get("by_family", {}).items()
-    }
-    for family, values in own.get("by_family", {}).items():
-        families[family] = {**families.get(family, {}), **values}
-    return {**base, **own, **({"by_family": families} if families else {})}
+    """`own` over `base`; a value said by the extending preset also wins over the base's `by_family` and `by_method`."""
+    special = {kind: _merged_special(base.get(kind, {}), own, own.get(kind, {})) for kind in (BY_FAMILY, BY_METHOD)}
+    return {**base, **own, **{kind: values for kind, values in special.items() if values}}
+
+
+def _merged_special(
+    base: Mapping[str, Mapping[str, Any]], said: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    merged = {name: {key: value for key, value in values.items() if key not in said} for name, values in base.items()}
+    for name, values in own.items():
+        merged[name] = {**merged.get(name, {}), **values}
+    return merged
 
 
 def flat_mapping(hparams: Any) -> dict[str, Any]:

@@ -108,6 +108,23 @@ def test_like_takes_another_section_as_start() -> None:
     assert preset.section("b", family="gpt2") == {"p": 7, "q": 3}
 
 
+def test_one_method_s_values_win_over_the_family_s_and_over_what_holds_for_all() -> None:
+    section = {"p": 1, "q": 2, "by_family": {"gpt2": {"p": 7, "q": 8}}, "by_method": {"memit": {"p": 9}}}
+    preset = Preset("x", {"rep-paper": section})
+    assert preset.section("rep-paper", family="gpt2", method="memit") == {"p": 9, "q": 8}
+    assert preset.section("rep-paper", family="gpt2", method="rome") == {"p": 7, "q": 8}
+    assert preset.section("rep-paper") == {"p": 1, "q": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "target"), [("rome", "whitened"), ("r-rome", "whitened"), ("memit", "raw"), ("emmet", "raw")]
+)
+def test_the_official_adapters_of_batch_methods_look_for_the_raw_key(method: str, target: str) -> None:
+    section = load_preset("rep-official").section("rep-paper", family="llama", method=method)
+    assert section.get("target", "whitened") == target
+    assert "target" not in load_preset("default").section("rep-paper", family="llama", method=method)
+
+
 def test_flat_names_round_trip() -> None:
     hparams = RomeHparams(layer=3, value=ValueHparams(v_steps=9))
     assert flat_mapping(hparams)["v_steps"] == 9
