@@ -74,6 +74,14 @@ def evaluate(
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="Let each seed shuffle the records before they are grouped.")
     ] = False,
+    ask_edited_neighbours: Annotated[
+        bool,
+        typer.Option(
+            "--ask-edited-neighbours",
+            help="Also ask neighbour prompts that another record of the same group edits, as the published code does; "
+            "default: they are left out of locality and counted.",
+        ),
+    ] = False,
     keep_edits: Annotated[
         bool, typer.Option("--keep-edits", help="Leave the edits of a stacked regime in --out.")
     ] = False,
@@ -142,7 +150,9 @@ def evaluate(
             resume=resume,
             keep_edits=keep_edits,
             settings=described,
-            protocol=_protocol(bench, shown, generated=fluency or texts is not None, shuffle=shuffle),
+            protocol=_protocol(
+                bench, shown, generated=fluency or texts is not None, shuffle=shuffle, ask_edited=ask_edited_neighbours
+            ),
             references=texts,
             # what no key-side method can be expected to beat (methods §17)
             ceiling_of=methods[0] if ceiling else None,
@@ -189,7 +199,9 @@ def _shown_metrics(named: str | None, *, all_metrics: bool, generated: bool) -> 
     return names(named)
 
 
-def _protocol(bench: Workbench, shown: list[str] | None, *, generated: bool, shuffle: bool) -> Protocol:
+def _protocol(
+    bench: Workbench, shown: list[str] | None, *, generated: bool, shuffle: bool, ask_edited: bool
+) -> Protocol:
     """The preset's choices; texts are generated where they, or metrics of them, are asked for by name."""
     from rep_fast.evaluation import GENERATED, Protocol
     from rep_fast.evaluation.fluency import N_TOKENS
@@ -197,6 +209,8 @@ def _protocol(bench: Workbench, shown: list[str] | None, *, generated: bool, shu
     protocol = Protocol.of_preset(bench.preset)
     if shuffle:
         protocol = dataclasses.replace(protocol, record_order="seed")
+    if ask_edited:
+        protocol = dataclasses.replace(protocol, edited_neighbours="ask")
     if protocol.generated_tokens or not (generated or set(GENERATED) & set(shown or ())):
         return protocol
     return dataclasses.replace(protocol, generated_tokens=N_TOKENS)
@@ -258,4 +272,5 @@ def as_json_object(model: str, n_cases: int, seeds: list[int], summary: Summary,
         },
         "protocols": {name: PROTOCOL_OF[name] for name in shown},
         "failures": {column: list(messages) for column, messages in summary.failures.items()},
+        "neighbours_left_out": dict(summary.neighbours_left_out),
     }

@@ -18,7 +18,13 @@ from rep_fast.evaluation.fluency import (
 )
 from rep_fast.evaluation.oracle import oracle_patch, wanted_value
 from rep_fast.evaluation.protocol import Protocol, perturb_case
-from rep_fast.evaluation.questions import PERTURBED_GROUPS, CaseQuestion, case_questions, neighbour_questions
+from rep_fast.evaluation.questions import (
+    PERTURBED_GROUPS,
+    CaseQuestion,
+    case_questions,
+    edited_neighbours,
+    neighbour_questions,
+)
 from rep_fast.evaluation.records import CaseRecord, GeneratedText, case_scores
 from rep_fast.evaluation.run_directory import RunDirectory
 from rep_fast.evaluation.scoring import PlannedBatch, ScoringPlan, TargetScore, plan_scoring, run_scoring
@@ -37,6 +43,7 @@ class PlannedCase:
     """Everything that is asked of a case, tokenised and batched."""
 
     perturbed: PerturbedCase
+    left_out: tuple[str, ...]  # neighbour prompts that are not asked
     asked: tuple[CaseQuestion, ...]
     scoring: ScoringPlan
     prompts: tuple[GenerationPrompt, ...]
@@ -72,8 +79,8 @@ class CaseScorer:
     def begin_group(self, cases: Sequence[EditCase]) -> None:
         """These records are edited together from here on; plans made so far are dropped.
 
-        A neighbour prompt that asks, word for word, what another record of the group edits shall not keep its answer:
-        it is not asked.
+        A neighbour prompt that asks, word for word, what the group edits shall not keep its answer: the protocol says
+        whether it is asked.
         """
         self._plans.clear()
         self._kept_tokens = 0
@@ -91,9 +98,10 @@ class CaseScorer:
             return self._plans[seed, case.case_id]
         n_tokens = self._protocol.generated_tokens
         perturbed = perturb_case(self._lm, case, text=self._text, seed=seed, protocol=self._protocol)
-        asked = tuple(item for item in case_questions(case, perturbed) if not self._is_edited(item))
+        left_out = self._left_out(case)
+        asked = tuple(case_questions(case, perturbed, without_neighbours=left_out))
         prompts = generation_prompts(self._lm, case, seed=seed, n_tokens=n_tokens) if n_tokens else ()
-        made = PlannedCase(perturbed, asked, self._batches(asked), prompts)
+        made = PlannedCase(perturbed, left_out, asked, self._batches(asked), prompts)
         if self._kept_tokens + made.scoring.n_tokens <= _KEPT_TOKENS:
             self._plans[seed, case.case_id] = made
             self._kept_tokens += made.scoring.n_tokens
@@ -107,9 +115,15 @@ class CaseScorer:
         # ROME compares what is written about the subject in its generation prompts, where there are any
         own = [text.text for text in generated if text.kind == "generation"] or [text.text for text in generated]
         consistency = self._references.consistency(case.fact.target_new, own) if self._references else None
-        sorted_scores = case_scores(planned.asked, scores, before=self._before_of(case))
+        sorted_scores = case_scores(planned.asked, scores, before=self._before_of(case, planned.left_out))
         return CaseRecord(
-            seed, case.case_id, scores=sorted_scores, generated=generated, consistency=consistency, **labels
+            seed,
+            case.case_id,
+            scores=sorted_scores,
+            generated=generated,
+            consistency=consistency,
+            neighbours_left_out=len(planned.left_out),
+            **labels,
         )
 
     def score_ceiling(self, case: EditCase, seed: int, edit: Edit, **labels: Any) -> CaseRecord:
@@ -122,13 +136,13 @@ class CaseScorer:
         scores = _score_ceiling(self._lm, edit, self._batches(asked))
         return CaseRecord(seed, case.case_id, scores=case_scores(asked, scores), **labels)
 
-    def _is_edited(self, item: CaseQuestion) -> bool:
-        return item.group == "locality" and item.question.prompt in self._edited_prompts
+    def _left_out(self, case: EditCase) -> tuple[str, ...]:
+        return edited_neighbours(case, self._edited_prompts) if self._protocol.edited_neighbours == "drop" else ()
 
-    def _before_of(self, case: EditCase) -> list[Sequence[int]]:
+    def _before_of(self, case: EditCase, left_out: Sequence[str]) -> list[Sequence[int]]:
         kept = [item for item in neighbour_questions(case) if item.role == "kept"]
         answers = zip(kept, self._before[case.case_id], strict=True)
-        return [predicted for item, predicted in answers if not self._is_edited(item)]
+        return [predicted for item, predicted in answers if item.question.prompt not in left_out]
 
     def _batches(self, asked: Sequence[CaseQuestion]) -> ScoringPlan:
         questions = [item.question for item in asked]

@@ -14,7 +14,7 @@ from rep_fast.edits import Edit
 from rep_fast.errors import HparamError, RecordError
 from rep_fast.evaluation.case_scorer import CASE_ERRORS, CaseScorer, pre_edit
 from rep_fast.evaluation.fluency import References
-from rep_fast.evaluation.protocol import DEFAULT_PROTOCOL, Protocol
+from rep_fast.evaluation.protocol import DEFAULT_PROTOCOL, NOT_WRITTEN_DOWN, Protocol
 from rep_fast.evaluation.records import CaseRecord
 from rep_fast.evaluation.regime import Regime
 from rep_fast.evaluation.run_directory import RunDirectory
@@ -90,7 +90,7 @@ def evaluate_regime(
         "protocol": dataclasses.asdict(protocol),
         "hparams": dict(settings or {}),
     }
-    with RunDirectory(out_dir, described, resume=resume) as run:
+    with RunDirectory(out_dir, described, resume=resume, absent={"protocol": NOT_WRITTEN_DOWN}) as run:
         before = pre_edit(lm, cases, run, protocol=protocol, token_budget=token_budget)
         scorer = CaseScorer(
             lm,

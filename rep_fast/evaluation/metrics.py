@@ -4,6 +4,9 @@
 Protocols: `REP` (robust editing: exact match, agreement), `EasyEdit` (token match), `PAC` (path editing: token match,
 agreement and their mean), `ROME` (comparisons of probabilities on CounterFact: ES, PS, NS and their differences;
 generated texts), `zsRE` (correct tokens, those of the neighbours too). In percent; fluency in bits × 100.
+
+Every metric of neighbours leaves out the prompts that the record's own group edits (all records that stand on one model
+together, written yet or not), unless the run's protocol asks them too (`Protocol.edited_neighbours`).
 """
 
 from __future__ import annotations
@@ -152,12 +155,14 @@ def _perturbed(kind: str, side: str, words: str) -> Metric:
     return Metric(name, "REP", f"EM of the new target {words}, {domain}, per prompt", _micro(name, "new", _exact))
 
 
+_UNEDITED = "; neighbours that the same group edits are left out, unless the protocol asks them"
+
 METRICS: tuple[Metric, ...] = (
     Metric("success", "REP", "EM of the new target on the edited prompt", _micro("success", "new", _exact)),
     Metric(
         "locality",
         "REP",
-        "share of neighbours' answer positions with the unedited model's arg-max, per prompt",
+        "share of neighbours' answer positions with the unedited model's arg-max, per prompt" + _UNEDITED,
         _micro("locality", "kept", _agreement),
     ),
     Metric("paraphrase", "REP", "EM of the new target on paraphrases, per prompt", _micro("paraphrase", "new", _exact)),
@@ -171,9 +176,19 @@ METRICS: tuple[Metric, ...] = (
     Metric("paraphrase_macro", "REP", "EM on paraphrases, mean of record means", _macro("paraphrase", "new", _exact)),
     Metric("rewrite_tm", "EasyEdit", "TM of the new target on the edited prompt", _rewrite_tm),
     Metric("rephrase_tm", "EasyEdit", "TM of the new target on paraphrased prompts", _rephrase_tm),
-    Metric("locality_macro", "EasyEdit", "agreement with the unedited model, mean of record means", _locality_macro),
+    Metric(
+        "locality_macro",
+        "EasyEdit",
+        "agreement with the unedited model, mean of record means" + _UNEDITED,
+        _locality_macro,
+    ),
     Metric("path_efficacy", "PAC", "TM of the new target on the edited prompt", _rewrite_tm),
-    Metric("path_locality", "PAC", "agreement with the unedited model, mean of record means", _locality_macro),
+    Metric(
+        "path_locality",
+        "PAC",
+        "agreement with the unedited model, mean of record means" + _UNEDITED,
+        _locality_macro,
+    ),
     Metric("path_generality", "PAC", "TM of the new target on paraphrased prompts", _rephrase_tm),
     Metric(
         "path_score",
@@ -183,11 +198,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("es", "ROME", "share of records with P(new) > P(true) on the edited prompt", _es),
     Metric("ps", "ROME", "share of paraphrases with P(new) > P(true), mean of record means", _ps),
-    Metric("ns", "ROME", "share of neighbours with P(true) > P(new), mean of record means", _ns),
+    Metric("ns", "ROME", "share of neighbours with P(true) > P(new), mean of record means" + _UNEDITED, _ns),
     Metric("s", "ROME", "harmonic mean of ES, PS and NS", _harmonic(_es, _ps, _ns)),
     Metric("em_diff", "ROME", "P(new) − P(true) on the edited prompt", _paired("success", "new", "true", _margin)),
     Metric("pm_diff", "ROME", "P(new) − P(true) on paraphrases", _paired("paraphrase", "new", "true", _margin)),
-    Metric("nm_diff", "ROME", "P(true) − P(new) on neighbours", _paired("locality", "kept", "new", _margin)),
+    Metric(
+        "nm_diff", "ROME", "P(true) − P(new) on neighbours" + _UNEDITED, _paired("locality", "kept", "new", _margin)
+    ),
     Metric(
         "zsre_efficacy",
         "zsRE",
@@ -203,7 +220,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "zsre_specificity",
         "zsRE",
-        "share of correct tokens of the answers to neighbours' questions: correctness, not agreement",
+        "share of correct tokens of the answers to neighbours' questions: correctness, not agreement" + _UNEDITED,
         _macro("question", "true", _tokens),
     ),
     Metric(

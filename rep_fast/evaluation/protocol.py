@@ -25,6 +25,9 @@ class Protocol:
         record_order: "file", or "seed": each seed shuffles the records before they are grouped (methods §10).
         generated_tokens: length of the texts that fluency and consistency are measured on, the prompt included; 0
             generates none, the papers take 100.
+        edited_neighbours: what becomes of neighbour prompts that ask, word for word, what the group edits, written yet
+            or not: "drop" leaves them out of every metric of neighbours and counts them, "ask" counts a kept old answer
+            as locality like everywhere else, as the published code does.
     """
 
     target_tok: str = "in_context"
@@ -36,6 +39,7 @@ class Protocol:
     compose: Literal["chain", "argmax", "sum"] = "chain"
     record_order: Literal["file", "seed"] = "file"
     generated_tokens: int = 0
+    edited_neighbours: Literal["drop", "ask"] = "drop"
 
     @classmethod
     def of_preset(cls, preset: Preset) -> Protocol:
@@ -45,6 +49,8 @@ class Protocol:
 
 
 DEFAULT_PROTOCOL = Protocol()
+# Choices that runs before them did not write down, with what those runs did.
+NOT_WRITTEN_DOWN = {"edited_neighbours": "drop"}
 
 
 def perturb_case(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from rep_fast.evaluation.scoring import Question
@@ -28,12 +28,21 @@ class CaseQuestion:
     question: Question
 
 
-def case_questions(case: EditCase, perturbed: PerturbedCase, *, lm: EditableLM | None = None) -> list[CaseQuestion]:
+def case_questions(
+    case: EditCase,
+    perturbed: PerturbedCase,
+    *,
+    lm: EditableLM | None = None,
+    without_neighbours: Collection[str] = (),
+) -> list[CaseQuestion]:
     """Every question of a case; with `lm`, the subject's last token is located for the oracle's prompts."""
-    return [*base_questions(case, lm=lm), *perturbed_questions(case, perturbed, lm=lm)]
+    asked = base_questions(case, lm=lm, without_neighbours=without_neighbours)
+    return [*asked, *perturbed_questions(case, perturbed, lm=lm)]
 
 
-def base_questions(case: EditCase, *, lm: EditableLM | None = None) -> list[CaseQuestion]:
+def base_questions(
+    case: EditCase, *, lm: EditableLM | None = None, without_neighbours: Collection[str] = ()
+) -> list[CaseQuestion]:
     """Questions that do not depend on the seed: the prompt, its paraphrases, the neighbours."""
     fact = case.fact
     asked = [_subject_question("success", "new", SubjectPrompt(fact.prompt, fact.subject), fact.target_new, lm)]
@@ -43,30 +52,48 @@ def base_questions(case: EditCase, *, lm: EditableLM | None = None) -> list[Case
         asked.append(CaseQuestion("paraphrase", "new", Question(prompt, fact.target_new)))
         if fact.target_true:
             asked.append(CaseQuestion("paraphrase", "true", Question(prompt, fact.target_true)))
-    asked += neighbour_questions(case)
+    asked += neighbour_questions(case, without=without_neighbours)
     return asked
 
 
-def neighbour_questions(case: EditCase) -> list[CaseQuestion]:
-    """The neighbour prompts, each with its own answer and, where that is one, with the edit's new target."""
+def neighbour_questions(case: EditCase, *, without: Collection[str] = ()) -> list[CaseQuestion]:
+    """The neighbour prompts, each with its own answer and, where that is one, with the edit's new target.
+
+    Args:
+        without: neighbour prompts that are asked in no group.
+    """
     if not case.neighborhood_target:
         return []
-    asked = [
-        CaseQuestion("locality", "kept", Question(prompt, case.neighborhood_target))
-        for prompt in case.neighborhood_prompts
-    ]
+    prompts = [prompt for prompt in case.neighborhood_prompts if prompt not in without]
+    asked = [CaseQuestion("locality", "kept", Question(prompt, case.neighborhood_target)) for prompt in prompts]
     # NS and NM compare the new target with the true one: only neighbours that share the true object have both.
     if case.neighborhood_target == case.fact.target_true:
-        asked += [
-            CaseQuestion("locality", "new", Question(prompt, case.fact.target_new))
-            for prompt in case.neighborhood_prompts
-        ]
+        asked += [CaseQuestion("locality", "new", Question(prompt, case.fact.target_new)) for prompt in prompts]
     asked += [
-        CaseQuestion("question", "true", Question(f"{prompt.rstrip(' ?')}?", case.neighborhood_target))
-        for prompt in case.neighborhood_prompts
-        if prompt.lower().startswith(_QUESTION)
+        CaseQuestion("question", "true", Question(_with_mark(prompt), case.neighborhood_target))
+        for prompt in prompts
+        if _is_question(prompt)
     ]
     return asked
+
+
+def edited_neighbours(case: EditCase, edited: Collection[str]) -> tuple[str, ...]:
+    """Neighbour prompts that, as they stand or as the question with its mark, are among the `edited` prompts."""
+    if not case.neighborhood_target:
+        return ()
+    return tuple(
+        prompt
+        for prompt in case.neighborhood_prompts
+        if prompt in edited or (_is_question(prompt) and _with_mark(prompt) in edited)
+    )
+
+
+def _is_question(prompt: str) -> bool:
+    return prompt.lower().startswith(_QUESTION)
+
+
+def _with_mark(prompt: str) -> str:
+    return f"{prompt.rstrip(' ?')}?"
 
 
 def perturbed_questions(

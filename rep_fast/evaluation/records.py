@@ -59,7 +59,9 @@ class CaseRecord:
     `seconds` holds the time per stage; `failure` says why there are no scores. `regime` says how edits were stacked
     (`Regime.name`), `n_edits` how many records of the case's group had been written when it was evaluated, those that
     could not be written among them; a failure stands where its group ends. `generated`: texts the edited model wrote,
-    where that was asked for, and `consistency` of them with texts about the new target.
+    where that was asked for, and `consistency` of them with texts about the new target. `neighbours_left_out`: how many
+    neighbour prompts were not asked because the group edits them (`Protocol.edited_neighbours`); None where that was
+    not counted.
     """
 
     seed: int
@@ -72,6 +74,7 @@ class CaseRecord:
     n_edits: int = 1
     generated: tuple[GeneratedText, ...] = ()
     consistency: float | None = None
+    neighbours_left_out: int | None = None
 
     @property
     def key(self) -> RecordKey:
@@ -98,6 +101,7 @@ class CaseRecord:
             "n_edits": self.n_edits,
             **({"generated": [dataclasses.asdict(text) for text in self.generated]} if self.generated else {}),
             **({} if self.consistency is None else {"consistency": self.consistency}),
+            **({} if self.neighbours_left_out is None else {"neighbours_left_out": self.neighbours_left_out}),
         }
 
     @classmethod
@@ -117,6 +121,7 @@ class CaseRecord:
             n_edits=data["n_edits"],
             generated=tuple(GeneratedText(**text) for text in data.get("generated", ())),
             consistency=data.get("consistency"),
+            neighbours_left_out=data.get("neighbours_left_out"),
         )
 
 

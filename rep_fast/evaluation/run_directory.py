@@ -29,6 +29,7 @@ class RunDirectory:
         path: directory to create or resume, see `check_place`; None keeps the run in memory only.
         settings: what identifies the run, JSON data; a resumed run must have the same.
         resume: continue the run that stands there.
+        absent: part of the settings → its fields that older runs did not write down, with the value they ran with.
     Raises:
         OutputError: the directory holds something that is not to be resumed, cannot be written, or another process
             uses it.
@@ -36,7 +37,15 @@ class RunDirectory:
         CorruptFileError: a stored file is not what this class writes.
     """
 
-    def __init__(self, path: str | Path | None, settings: Mapping[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path | None,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        absent: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._absent = absent or {}
         self.path = None if path is None else Path(path)
         self.records: dict[RecordKey, CaseRecord] = {}
         self._results: IO[bytes] | None = None
@@ -139,7 +148,8 @@ class RunDirectory:
 
     def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
         if self.check_place(path, resume=resume):
-            _check_settings(path, self.read_json("settings.json"), settings)
+            known = _completed(path, self.read_json("settings.json"), self._absent)
+            _check_settings(path, known, settings)
         else:
             path.mkdir(parents=True, exist_ok=True)
             self.write_json("settings.json", settings)
@@ -180,9 +190,16 @@ def _read_json(path: Path) -> Any:
         raise CorruptFileError(f"{str(path)!r} is not JSON; restore it or start a new run elsewhere") from error
 
 
-def _check_settings(path: Path, known: Any, wanted: dict[str, Any]) -> None:
+def _completed(path: Path, known: Any, absent: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Stored settings with what was not written down when they were stored."""
     if not isinstance(known, dict):
         raise CorruptFileError(f"{str(path / 'settings.json')!r} is not a settings file; start a new run elsewhere")
+    return known | {
+        part: {**fields, **known[part]} for part, fields in absent.items() if isinstance(known.get(part), dict)
+    }
+
+
+def _check_settings(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in [*wanted, *(name for name in known if name not in wanted)]:
         if known.get(name) != wanted.get(name):
             raise RunMismatchError(

@@ -61,6 +61,8 @@ class Summary:
         n_edits: records written to one model behind `cells`; the largest group's, where the last one is smaller.
         checkpoints: column → number of records written → metric → number, where groups were evaluated on their way,
             their ends among them.
+        neighbours_left_out: column → neighbour prompts not asked because the record's own group edits them, over all
+            records and seeds; None where that was not counted.
     """
 
     cells: Mapping[str, Mapping[str, Cell]]
@@ -70,6 +72,7 @@ class Summary:
     regime: str = "single"
     n_edits: int = 1
     checkpoints: Mapping[str, Mapping[int, Mapping[str, Cell]]] = field(default_factory=dict)
+    neighbours_left_out: Mapping[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, records: Iterable[CaseRecord], *, settings: Mapping[str, Any] | None = None) -> Summary:
@@ -89,6 +92,7 @@ class Summary:
             regime=every[0].regime if every else "single",
             n_edits=max((record.n_edits for record in every), default=1),
             checkpoints=_checkpoints(every) if len(every) > sum(map(len, by_column.values())) else {},
+            neighbours_left_out={column: _left_out(own) for column, own in by_column.items()},
         )
 
     def __getitem__(self, column: str) -> Mapping[str, Cell]:
@@ -118,6 +122,10 @@ class Summary:
             table.add_row(f"{_STAGE_WORDS.get(stage, stage)}, median s (p90)", "", *row)
         if any(self.failures.values()):
             table.add_row("cases not edited", "", *(str(len(own)) for own in self.failures.values()))
+        if any(self.neighbours_left_out.values()):
+            counts = (self.neighbours_left_out.get(column) for column in self.columns)
+            row = ["–" if count is None else str(count) for count in counts]
+            table.add_row("neighbours not asked, their group edits them", "", *row)
         return table
 
     @property
@@ -169,6 +177,7 @@ class Summary:
                 column: {stage: vars(spread) for stage, spread in own.items()} for column, own in self.seconds.items()
             },
             "failures": {column: list(own) for column, own in self.failures.items()},
+            "neighbours_left_out": dict(self.neighbours_left_out),
             "settings": dict(self.settings),
         }
 
@@ -212,6 +221,12 @@ def _cells(records: Sequence[CaseRecord]) -> dict[str, Cell]:
             means = np.array([value for value, _ in values])
             cells[name] = Cell(float(means.mean()), float(means.std()), sum(n for _, n in values), protocol)
     return cells
+
+
+def _left_out(records: Sequence[CaseRecord]) -> int | None:
+    counts = [record.neighbours_left_out for record in records if record.failure is None]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known and len(known) == len(counts) else None
 
 
 def _seconds(records: Sequence[CaseRecord]) -> dict[str, Spread]:

@@ -232,6 +232,17 @@ def test_the_table_shows_the_metrics_that_were_named(rep_fast, command):
     assert "locality" not in done.out
 
 
+@pytest.mark.parametrize(("options", "left_out"), [([], 1), (["--ask-edited-neighbours"], 0)])
+def test_neighbours_that_the_group_edits_are_counted_or_asked(rep_fast, command, case_file, options, left_out):
+    records = json.loads(case_file.read_text())
+    records[0]["locality_prompt"].append(records[1]["prompt"])
+    case_file.write_text(json.dumps(records))
+    done = rep_fast(*command, "--regime", "sequential", *options, "--json")
+    assert done.code == 0, done.err
+    assert done.json["neighbours_left_out"] == {"rome": left_out}
+    assert done.json["metrics"]["rome"]["locality"]["n"] == 3 - left_out
+
+
 @pytest.mark.parametrize("regime", ["batch:2", "cumulative:1"])
 def test_batch_methods_write_several_records(rep_fast, command, regime):
     command[command.index("rome")] = "memit"

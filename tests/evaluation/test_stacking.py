@@ -315,18 +315,3 @@ def test_what_stacked_regimes_cannot_do_is_refused(tiny_llama64):
         evaluate(tiny_llama64, "sequential:2", ceiling_of="random")
     with pytest.raises(HparamError, match="none are generated; set generated_tokens=100"):
         evaluate(tiny_llama64, "batch:2", references={"Antarctica": ["ice"]})
-
-
-def test_neighbours_that_the_group_edits_are_not_asked(tiny_llama64):
-    """What is edited next to a record shall not keep its answer; on the clean model it is asked like any other."""
-    lm = tiny_llama64
-    first, second = make_cases(2)
-    edited, other = second.fact.text, "Zürich belongs to the continent of"
-    first = dataclasses.replace(first, neighborhood_prompts=(edited, other))
-    second = dataclasses.replace(second, paraphrase_prompts=("Its continent is",), neighborhood_prompts=(other,))
-    counts = {}
-    for regime in ("single", "batch:2", "batch:1"):
-        options = {"seeds": (0,), "text": TEXT, "protocol": PROTOCOL, "regime": Regime.parse(regime)}
-        found = evaluate_regime(lm, [first, second], {"random": writer(lm)}, **options)
-        counts[regime] = found["random"]["locality"].n
-    assert counts == {"single": 3, "batch:2": 2, "batch:1": 3}
