@@ -110,21 +110,14 @@ def evaluate(
     """Edit record after record, by default each on the clean model, and measure what holds and what is disturbed."""
     layer, overrides = one_layer(layers), settings(set_)
     chosen_seeds = [seed] if seed is not None else numbers(seeds, "--seeds")
-    for option, given in (("--resume", resume), ("--keep-edits", keep_edits)):
-        if given and out is None:
-            raise typer.BadParameter("needs --out with the run's directory", param_hint=option)
+    _check_out(out, resume=resume, keep_edits=keep_edits)
     with opened(as_json=as_json, debug=debug) as screen:
-        from rep_fast.evaluation import Regime, RunDirectory, check_ceiling, evaluate_regime, read_references
+        from rep_fast.evaluation import evaluate_regime, read_references
 
-        stacking = Regime.parse(regime, evaluate_every=evaluate_every)
-        if ceiling:
-            check_ceiling(stacking)
+        stacking = _regime(regime, evaluate_every=evaluate_every, ceiling=ceiling)
         shown = _shown_metrics(metrics, all_metrics=all_metrics, generated=fluency or references is not None)
         texts = None if references is None else read_references(references)
-        if out is not None:
-            check_directory(out)
-            if not RunDirectory.check_place(out, resume=resume) and resume:
-                screen.say(f"no run in {out} yet: this one begins there")
+        _check_place(screen, out, resume=resume)
         watch = Stopwatch()
         lm = open_model(model, device=device, dtype=dtype)
         chosen = choose_cases(screen, lm, cases, split=split, limit=limit, skip_bad=skip_bad)
@@ -133,38 +126,63 @@ def evaluate(
         bench = open_workbench(screen, lm, text=text, preset=preset, overrides=overrides, layer=layer, moments=moments)
         methods, objectives = names(method), _objectives(rep, rep_objective)
         described = bench.settings(methods, objectives)
+        protocol = _protocol(
+            bench, shown, generated=fluency or texts is not None, shuffle=shuffle, ask_edited=ask_edited_neighbours
+        )
         watch.lap("load")
-        screen.interrupted = "interrupted before the first record; what was gathered so far is kept in the cache"
-        bench.prepare(methods, rep=objectives, seeds=chosen_seeds)
-        columns = _columns(bench, stacking, methods, objectives, chosen_seeds)
+        columns = _prepared(screen, bench, stacking, methods, objectives, chosen_seeds)
         watch.lap("prepare")
         screen.interrupted = _interrupted(out)
         summary = evaluate_regime(
-            lm,
-            chosen,
-            columns,
-            regime=stacking,
-            seeds=chosen_seeds,
-            text=bench.context_text,
-            out_dir=out,
-            resume=resume,
-            keep_edits=keep_edits,
-            settings=described,
-            protocol=_protocol(
-                bench, shown, generated=fluency or texts is not None, shuffle=shuffle, ask_edited=ask_edited_neighbours
-            ),
-            references=texts,
+            lm, chosen, columns, regime=stacking, seeds=chosen_seeds, text=bench.context_text, out_dir=out,
+            resume=resume, keep_edits=keep_edits, settings=described, protocol=protocol, references=texts,
             # what no key-side method can be expected to beat (methods §17)
             ceiling_of=methods[0] if ceiling else None,
             progress=lambda done, total: screen.progress("evaluate", done, total),
-        )
+        )  # fmt: skip
         watch.lap("evaluate")
-        for table in (summary.table(metrics=shown), *summary.checkpoint_tables(metrics=shown)):
-            screen.show(table)
-        _say_failures(screen, summary)
-        if out is not None:
-            screen.show(f"every result is in {out}: results.jsonl, summary.json, summary.csv")
+        _show(screen, summary, shown, out)
         screen.answer(as_json_object(model, len(chosen), chosen_seeds, summary, watch))
+
+
+def _check_out(out: Path | None, *, resume: bool, keep_edits: bool) -> None:
+    for option, given in (("--resume", resume), ("--keep-edits", keep_edits)):
+        if given and out is None:
+            raise typer.BadParameter("needs --out with the run's directory", param_hint=option)
+
+
+def _check_place(screen: Screen, out: Path | None, *, resume: bool) -> None:
+    """Refuse an --out that cannot take the run; say where a run to be resumed begins instead."""
+    from rep_fast.evaluation import RunDirectory
+
+    if out is None:
+        return
+    check_directory(out)
+    if not RunDirectory.check_place(out, resume=resume) and resume:
+        screen.say(f"no run in {out} yet: this one begins there")
+
+
+def _regime(text: str, *, evaluate_every: int | None, ceiling: bool) -> Regime:
+    from rep_fast.evaluation import Regime, check_ceiling
+
+    regime = Regime.parse(text, evaluate_every=evaluate_every)
+    if ceiling:
+        check_ceiling(regime)
+    return regime
+
+
+def _prepared(
+    screen: Screen,
+    bench: Workbench,
+    regime: Regime,
+    methods: list[str],
+    objectives: list[str | bool | None],
+    seeds: list[int],
+) -> dict[str, WriteStep]:
+    """The columns, after everything that they share was gathered."""
+    screen.interrupted = "interrupted before the first record; what was gathered so far is kept in the cache"
+    bench.prepare(methods, rep=objectives, seeds=seeds)
+    return _columns(bench, regime, methods, objectives, seeds)
 
 
 def _columns(
@@ -228,6 +246,14 @@ def _interrupted(out: Path | None) -> str:
     if out is None:
         return "interrupted; nothing was kept: give --out DIR to be able to resume"
     return f"interrupted; all results so far are in {out}: run the same command with --resume to go on"
+
+
+def _show(screen: Screen, summary: Summary, shown: list[str] | None, out: Path | None) -> None:
+    for table in (summary.table(metrics=shown), *summary.checkpoint_tables(metrics=shown)):
+        screen.show(table)
+    _say_failures(screen, summary)
+    if out is not None:
+        screen.show(f"every result is in {out}: results.jsonl, summary.json, summary.csv")
 
 
 def _say_failures(screen: Screen, summary: Summary) -> None:

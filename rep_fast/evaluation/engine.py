@@ -74,14 +74,49 @@ def evaluate_regime(
     _check_arguments(lm, cases, columns, seeds)
     _check_options(columns, regime, ceiling_of, protocol, references)
     names = [*columns, *([CEILING] if ceiling_of else [])]
-    described = {
+    described = _described(
+        lm, cases, names, regime=regime, seeds=seeds, text=text, protocol=protocol, references=references,
+        settings=settings, ceiling_of=ceiling_of,
+    )  # fmt: skip
+    with RunDirectory(out_dir, described, resume=resume, absent={"protocol": NOT_WRITTEN_DOWN}) as run:
+        scorer = CaseScorer(
+            lm,
+            text=text,
+            protocol=protocol,
+            token_budget=token_budget,
+            before=pre_edit(lm, cases, run, protocol=protocol, token_budget=token_budget),
+            references=None if references is None else References(references),
+        )
+        work = Work(len(seeds) * sum(_work(regime, len(group), names) for group in regime.groups(cases)), progress)
+        setting = Setting(lm, regime, protocol, scorer, run, work, keep_edits)
+        for seed in seeds:
+            for number, group in enumerate(regime.groups(_ordered(cases, seed, protocol))):
+                _evaluate_group(setting, group, columns, seed=seed, number=number, ceiling_of=ceiling_of)
+        return _summarised(run, names, seeds, cases, described)
+
+
+def _described(
+    lm: EditableLM,
+    cases: Sequence[EditCase],
+    names: Sequence[str],
+    *,
+    regime: Regime,
+    seeds: Sequence[int],
+    text: TextSource | None,
+    protocol: Protocol,
+    references: Mapping[str, Sequence[str]] | None,
+    settings: Mapping[str, Any] | None,
+    ceiling_of: str | None,
+) -> dict[str, Any]:
+    """What identifies a run: a resumed one must have the same."""
+    return {
         "regime": regime.name,
         "evaluate_every": regime.evaluate_every,
         "model": lm.name,
         "fingerprint": lm.fingerprint,
         "cases": len(cases),
         "cases_digest": cases_digest(cases),
-        "columns": names,
+        "columns": list(names),
         "ceiling_of": ceiling_of,
         "seeds": list(seeds),
         "text": None if text is None else text.name,
@@ -90,24 +125,18 @@ def evaluate_regime(
         "protocol": dataclasses.asdict(protocol),
         "hparams": dict(settings or {}),
     }
-    with RunDirectory(out_dir, described, resume=resume, absent={"protocol": NOT_WRITTEN_DOWN}) as run:
-        before = pre_edit(lm, cases, run, protocol=protocol, token_budget=token_budget)
-        scorer = CaseScorer(
-            lm,
-            text=text,
-            protocol=protocol,
-            token_budget=token_budget,
-            before=before,
-            references=None if references is None else References(references),
-        )
-        work = Work(len(seeds) * sum(_work(regime, len(group), names) for group in regime.groups(cases)), progress)
-        setting = Setting(lm, regime, protocol, scorer, run, work, keep_edits)
-        for seed in seeds:
-            for number, group in enumerate(regime.groups(_ordered(cases, seed, protocol))):
-                _evaluate_group(setting, group, columns, seed=seed, number=number, ceiling_of=ceiling_of)
-        summary = Summary.of(_in_order(run, names, seeds, cases), settings=described)
-        run.write_text("summary.json", summary.to_json())
-        run.write_text("summary.csv", summary.to_csv())
+
+
+def _summarised(
+    run: RunDirectory,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    cases: Sequence[EditCase],
+    described: Mapping[str, Any],
+) -> Summary:
+    summary = Summary.of(_in_order(run, names, seeds, cases), settings=described)
+    run.write_text("summary.json", summary.to_json())
+    run.write_text("summary.csv", summary.to_csv())
     return summary
 
 
