@@ -291,7 +291,9 @@ class Workbench:
             objectives: None for the plain edit, True for REP's default objective, or an objective by name.
         Returns:
             "rome", "rome+rep" (default objective), "rome+rep[paper]" … → function (case, seed) → Edit. Columns of one
-            method share the plain edit of a case.
+            method share the plain edit of a case. Methods without a key to look up have no column with REP.
+        Raises:
+            HparamError: none of the columns can be made.
         """
         plain = {method: self.plain_column(method) for method in methods}
         return {
@@ -329,9 +331,14 @@ class Workbench:
         found: list[tuple[str, str, str | None]] = []
         for method in methods:
             for objective in objectives:
+                if objective is not None and not editors.get(method).has_key:
+                    continue
                 name = None if objective is None else default if objective is True else str(objective)
                 rep = "" if name is None else "+rep" if name == default else f"+rep[{name}]"
                 found.append((f"{method}{rep}", method, name))
+        if not found:
+            able = ", ".join(name for name in editors.names() if editors.get(name).has_key)
+            raise HparamError(f"REP makes the key of an edit robust, {', '.join(methods)} has none; choose from {able}")
         return found
 
     def settings(self, methods: Sequence[str], objectives: Sequence[str | bool | None]) -> dict[str, Any]:

@@ -63,6 +63,12 @@ def test_rep_takes_the_settings_of_the_edit_s_method(bench: api.Workbench) -> No
         assert adapted.modules[0].adapters[0].notes["hparams"]["target"] == target
 
 
+def test_methods_without_a_key_get_no_column_with_rep(bench: api.Workbench) -> None:
+    assert list(bench.columns(["kn", "memit"], [None, True])) == ["kn", "memit", "memit+rep"]
+    with pytest.raises(HparamError, match="kn has none; choose from rome, r-rome, memit"):
+        bench.columns(["kn"], [True])
+
+
 def test_columns_share_the_plain_edit(bench: api.Workbench) -> None:
     columns = bench.columns(["rome", "r-rome"], [None, True, "paper"])
     assert list(columns) == ["rome", "rome+rep", "rome+rep[paper]", "r-rome", "r-rome+rep", "r-rome+rep[paper]"]

@@ -36,8 +36,9 @@ class Editor:
 
     name: at the door. hparams_type: dataclass with `layers`, a tuple (a field, or a property of a single-layer method).
     write: function (lm, facts, *, hparams, method, …) → Edit. takes: what else it is handed, of "moments", "templates",
-    "state", "cache_dir" and "seed". is_batch: whether it writes several facts in one edit. prepare: makes what all
-    edits with the same moments and hyper-parameters share.
+    "state", "cache_dir" and "seed". is_batch: whether it writes several facts in one edit. has_key: whether an edit of
+    one fact is looked up by a key, so that REP can be trained on it. prepare: makes what all edits with the same
+    moments and hyper-parameters share.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Editor:
     write: Write
     takes: frozenset[str] = frozenset({"moments", "templates"})
     is_batch: bool = False
+    has_key: bool = False
     prepare: Callable[[SecondMoments, Any, str | Path | None], None] = factor_moments
 
     def hparams(
@@ -119,24 +121,25 @@ _MOMENTS_AND_STATE = frozenset({"moments", "templates", "state"})
 _EDITORS = {
     editor.name: editor
     for editor in (
-        Editor("rome", RomeHparams, rome),
-        Editor("r-rome", RomeHparams, rome),
+        Editor("rome", RomeHparams, rome, has_key=True),
+        Editor("r-rome", RomeHparams, rome, has_key=True),
         Editor("grace", GraceHparams, grace, takes=frozenset({"seed"}), is_batch=True),
         Editor("wise", WiseHparams, wise, takes=frozenset({"templates", "seed"}), is_batch=True),
         *(Editor(name, FineTuningHparams, fine_tune, frozenset(), is_batch=True) for name in FINE_TUNING),
         Editor("lora", LoraHparams, lora, frozenset({"seed"}), is_batch=True),
         Editor("kn", KnowledgeNeuronsHparams, knowledge_neurons, frozenset({"templates"})),
         Editor("pac", PacHparams, pac, frozenset({"seed"}), is_batch=True),
-        Editor("memit", MemitHparams, memit, takes=_MOMENTS_AND_STATE, is_batch=True),
-        Editor("memit-cache", MemitHparams, memit, takes=_MOMENTS_AND_STATE, is_batch=True),
-        Editor("emmet", EmmetHparams, emmet, is_batch=True),
-        Editor("pmet", PmetHparams, pmet, is_batch=True),
+        Editor("memit", MemitHparams, memit, takes=_MOMENTS_AND_STATE, is_batch=True, has_key=True),
+        Editor("memit-cache", MemitHparams, memit, takes=_MOMENTS_AND_STATE, is_batch=True, has_key=True),
+        Editor("emmet", EmmetHparams, emmet, is_batch=True, has_key=True),
+        Editor("pmet", PmetHparams, pmet, is_batch=True, has_key=True),
         Editor(
             "alphaedit",
             AlphaEditHparams,
             alphaedit,
             takes=_MOMENTS_AND_STATE | {"cache_dir"},
             is_batch=True,
+            has_key=True,
             prepare=find_null_spaces,
         ),
     )
