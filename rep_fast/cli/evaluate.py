@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from rep_fast.api import Workbench
     from rep_fast.evaluation import Cell, Protocol, Regime, Summary, WriteStep
 
+# editors that optimise an MLP output and, at one layer, write exactly that
+CEILING_METHODS = ("rome", "r-rome", "pmet")
+
 
 def evaluate(
     model: ModelOption,
@@ -125,6 +128,8 @@ def evaluate(
             screen.say(note)
         bench = open_workbench(screen, lm, text=text, preset=preset, overrides=overrides, layer=layer, moments=moments)
         methods, objectives = names(method), _objectives(rep, rep_objective)
+        if ceiling and methods:
+            _check_ceiling_method(bench, methods[0])
         described = bench.settings(methods, objectives)
         protocol = _protocol(
             bench, shown, generated=fluency or texts is not None, shuffle=shuffle, ask_edited=ask_edited_neighbours
@@ -137,7 +142,7 @@ def evaluate(
             lm, chosen, columns, regime=stacking, seeds=chosen_seeds, text=bench.context_text, out_dir=out,
             resume=resume, keep_edits=keep_edits, settings=described, protocol=protocol, references=texts,
             # what no key-side method can be expected to beat (methods §17)
-            ceiling_of=methods[0] if ceiling else None,
+            ceiling_of=methods[0] if ceiling and methods else None,
             progress=lambda done, total: screen.progress("evaluate", done, total),
         )  # fmt: skip
         watch.lap("evaluate")
@@ -169,6 +174,22 @@ def _regime(text: str, *, evaluate_every: int | None, ceiling: bool) -> Regime:
     if ceiling:
         check_ceiling(regime)
     return regime
+
+
+def _check_ceiling_method(bench: Workbench, method: str) -> None:
+    """Refuse a ceiling of edits that carry no single MLP output v*, before the first of them is made.
+
+    Raises:
+        HparamError: the method's edits carry none.
+    """
+    from rep_fast.errors import HparamError
+
+    layers = bench.layers(method)
+    if method not in CEILING_METHODS or len(layers) > 1:
+        raise HparamError(
+            f"an edit by {method!r} at layers {list(layers)} carries no single MLP output v* for --ceiling; "
+            "name rome or r-rome first in --method, or leave --ceiling out"
+        )
 
 
 def _prepared(

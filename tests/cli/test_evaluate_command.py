@@ -6,6 +6,12 @@ import json
 
 import pytest
 
+from rep_fast.api import Workbench
+from rep_fast.cli.evaluate import CEILING_METHODS
+from rep_fast.editors import names as editor_names
+from rep_fast.errors import HparamError
+from rep_fast.evaluation.oracle import wanted_value
+from rep_fast.facts import Fact
 from rep_fast.models import EditableLM
 
 METRICS = (
@@ -177,6 +183,34 @@ def test_the_ceiling_is_a_column_of_its_own(rep_fast, command):
     done = rep_fast(*command, "--ceiling", "--json")
     assert done.code == 0, done.err
     assert list(done.json["metrics"]) == ["rome", "ceiling"]
+
+
+@pytest.mark.parametrize(
+    ("method", "named"), [("memit", "'memit' at layers [1]"), ("kn", "'kn' at layers"), ("ft,rome", "'ft' at layers")]
+)
+def test_a_ceiling_that_cannot_be_taken_is_refused_before_the_run(
+    rep_fast, command, tmp_path, monkeypatch, method, named
+):
+    monkeypatch.setattr(Workbench, "prepare", lambda *_, **__: pytest.fail("the run was prepared"))
+    command[command.index("rome")] = method
+    settings = command[: command.index("--set")]  # these editors have other ones
+    done = rep_fast(*settings, "--ceiling", "--out", tmp_path / "run")
+    assert (done.code, (tmp_path / "run").exists()) == (1, False)
+    assert named in done.err
+    assert "name rome or r-rome first in --method, or leave --ceiling out" in done.err
+
+
+@pytest.mark.parametrize("method", editor_names())
+def test_a_ceiling_is_offered_where_an_edit_carries_its_value(tiny_model, corpus, method):
+    overrides = {} if method == "kn" else {"layer": 1}
+    bench = Workbench(EditableLM.from_pretrained(tiny_model), text=corpus, preset="factworld", overrides=overrides)
+    fact = Fact("{} belongs to the continent of", "Slovenia", "Antarctica", "Europe")
+    try:
+        wanted_value(bench.edit(fact, method=method))
+    except HparamError:
+        assert method not in CEILING_METHODS
+    else:
+        assert method in CEILING_METHODS
 
 
 def test_edits_are_stacked_and_asked_about_on_the_way(rep_fast, command, tmp_path):
