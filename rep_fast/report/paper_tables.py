@@ -37,17 +37,17 @@ LAYOUTS: dict[str, dict[str, str]] = {
         "long_ood": "Long OOD",
     },
     "path": {
-        "rewrite_tm": "Efficacy",
-        "locality_macro": "Locality",
-        "rephrase_tm": "Generality",
+        "path_efficacy": "Efficacy",
+        "path_locality": "Locality",
+        "path_generality": "Generality",
         "path_score": "Score",
     },
 }
 # what the printed tables call our metrics, where that differs
 _PRINTED_NAMES = {
-    "rewrite_tm": "efficacy",
-    "locality_macro": "locality",
-    "rephrase_tm": "generality",
+    "path_efficacy": "efficacy",
+    "path_locality": "locality",
+    "path_generality": "generality",
     "path_score": "score",
 }
 MEASURED = "measured"

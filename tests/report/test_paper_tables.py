@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rep_fast.errors import CorruptFileError, HparamError, MissingFileError
+from rep_fast.evaluation import PROTOCOL_OF
 from rep_fast.report import paper_table, read_run, render_table
 from rep_fast.report.paper_tables import LAYOUTS, MEASURED, fitting_layout, fitting_tables, method_label
 from rep_fast.report.published import published_names, published_table
@@ -69,26 +70,32 @@ def test_one_seed_has_no_spread() -> None:
 
 
 def test_path_metrics_find_their_printed_columns() -> None:
-    measured = run("sequential:200", pac={"rewrite_tm": 90.0, "path_score": 60.0})
+    measured = run("sequential:200", pac={"path_efficacy": 90.0, "path_score": 60.0})
     table = paper_table([measured], [published_table("path_table2_consecutive")], layout="path")
     printed = next(row for row in table.rows if (row.model, row.dataset, row.method) == ("GPT-J-6B", "ZsRE", "PAC"))
-    assert printed.values["rewrite_tm"] == (88.74, None)
+    assert printed.values["path_efficacy"] == (88.74, None)
     assert printed.values["path_score"] == (63.17, None)
-    assert table.headings["rewrite_tm"] == "Efficacy"
+    assert table.headings["path_efficacy"] == "Efficacy"
+
+
+def test_columns_are_metrics_by_their_names_and_protocols() -> None:
+    protocols = {"rep": "REP", "path": "PAC"}
+    for layout, metrics in LAYOUTS.items():
+        assert {PROTOCOL_OF[name] for name in metrics} == {protocols[layout]}
 
 
 def test_what_fits_a_run() -> None:
     known = [published_table(name) for name in published_names()]
-    single, sequence = run(rome={"success": 1.0}), run("sequential:200", rome={"rewrite_tm": 1.0})
+    single, sequence = run(rome={"success": 1.0}), run("sequential:200", rome={"path_efficacy": 1.0})
     five = run("sequential:5", rome={"success": 79.3, "rephrase_ood": 59.9})
     single = run(rome={"success": 1.0, "rephrase_ood": 2.0})
     assert fitting_layout([single]) == fitting_layout([single, five]) == "rep"
     assert fitting_layout([single, sequence]) == "path"
     assert [one.name for one in fitting_tables([five], "rep", known)] == ["rep_v2_table4_sequential5"]
     # the AlphaEdit study's groups of 100 are written on the running model, not each on the clean one
-    running = run("cumulative:100", memit={"rewrite_tm": 1.0})
+    running = run("cumulative:100", memit={"path_efficacy": 1.0})
     assert [one.name for one in fitting_tables([running], "path", known)] == ["path_table1_batch100"]
-    assert fitting_tables([run("batch:100", memit={"rewrite_tm": 1.0})], "path", known) == []
+    assert fitting_tables([run("batch:100", memit={"path_efficacy": 1.0})], "path", known) == []
     assert [one.name for one in fitting_tables([sequence], "path", known)] == ["path_table2_consecutive"]
     fitting = [one.name for one in fitting_tables([single], "rep", known)]
     assert fitting == ["rep_v2_table2_counterfact", "rep_v2_table3_zsre"]
