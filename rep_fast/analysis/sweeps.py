@@ -1,7 +1,8 @@
 """One hyper-parameter over several values, everything else held fixed (methods §12.5, §12.7).
 
 A sweep is an evaluation with one column per value. What does not depend on the value is made once per record: the plain
-edit where REP's settings vary, the trained adapter too where only its threshold τ does.
+edit where REP's settings vary, the trained adapter too where only its threshold τ does and no adapter is trained on
+keys that gates below it have changed.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def sweep_columns(
     chosen = None if objective is None else bench.rep_hparams(None if objective is True else str(objective)).objective
     plain = bench.plain_column(method)
     trained = bench.rep_column(plain, chosen) if chosen is not None else plain
-    if name == TAU:
+    if name == TAU and not _trains_behind_gates(bench, method, chosen):
         return _threshold_columns(trained, values)
     columns: dict[str, BuildEdit] = {}
     for value in values:
@@ -93,8 +94,14 @@ def sweep_columns(
     return columns
 
 
+def _trains_behind_gates(bench: Workbench, method: str, objective: str | None) -> bool:
+    """Whether adapters of several layers are trained in order, each on keys that the gates below have changed."""
+    is_in_order = bench.rep_hparams(objective, method=method).multilayer == "in_order"
+    return is_in_order and len(bench.layers(method)) > 1
+
+
 def _threshold_columns(trained: BuildEdit, values: Sequence[Any]) -> dict[str, BuildEdit]:
-    """Training never looks at τ: one adapter serves all thresholds."""
+    """Training looks at τ only through the gates of layers below: without them one adapter serves all thresholds."""
     shared = Remembered(trained)
 
     def column(tau: float) -> BuildEdit:

@@ -57,6 +57,23 @@ def test_thresholds_share_one_adapter(bench: Workbench, monkeypatch: pytest.Monk
     assert calls == {"edit": 1, "with_rep": 1}
 
 
+@pytest.mark.parametrize(("multilayer", "trained"), [("in_order", 2), ("frozen_keys", 1)])
+def test_gates_of_several_layers_are_trained_at_each_threshold(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, multilayer: str, trained: int
+) -> None:
+    """The adapter of the second layer sees keys as the first one's gate leaves them: open at τ = 0, shut at τ = 1."""
+    two_layers = bench.varied({"layers": (1, 2), "multilayer": multilayer})
+    calls = counted(bench, monkeypatch)
+    columns = sweep_columns(two_layers, method="memit", name="tau", values=["0.0", "1.0"], objective=True)
+    edits = [build(CASE, 0) for build in columns.values()]
+    assert calls == {"edit": 1, "with_rep": trained}
+    adapters = [[module.adapters[0] for module in edit.modules] for edit in edits]
+    assert [[adapter.tau for adapter in own] for own in adapters] == [[0.0, 0.0], [1.0, 1.0]]
+    (first_open, second_open), (first_shut, second_shut) = adapters
+    assert torch.equal(first_open.weights.w1, first_shut.weights.w1)
+    assert torch.equal(second_open.weights.b, second_shut.weights.b) == (multilayer == "frozen_keys")
+
+
 def test_settings_of_rep_share_the_plain_edit(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(bench, monkeypatch)
     columns = sweep_columns(bench, method="rome", name="shift_weight", values=["0.1", "10"], objective="calibrated")
