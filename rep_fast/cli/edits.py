@@ -12,13 +12,14 @@ from rich.table import Table
 from rep_fast.cli.opening import open_model
 from rep_fast.cli.options import DebugOption, DeviceOption, DtypeOption, JsonOption, ModelOption
 from rep_fast.cli.screen import opened
+from rep_fast.cli.writable import check_file
 from rep_fast.errors import FingerprintError, MissingFileError
 
 if TYPE_CHECKING:
     from rep_fast.edits import Edit, EditStack, ModuleEdit
     from rep_fast.edits.comparing import EditComparison
 
-app = typer.Typer(no_args_is_help=True, help="Saved edits: show, list, diff, stack, undo, ask.")
+app = typer.Typer(no_args_is_help=True, help="Saved edits: show, list, diff, stack, undo, transform, ask.")
 EditArgument = Annotated[Path, typer.Argument(metavar="EDIT", help="A file written by rep-fast edit --save.")]
 StackArgument = Annotated[Path, typer.Argument(metavar="STACK", help="A directory made by rep-fast edits stack.")]
 
@@ -116,6 +117,33 @@ def undo(
         shorter, moved = EditStack.open(place).undo(number)
         screen.show(f"{len(shorter)} edits are left; the one taken back is {moved}")
         screen.answer({"place": str(place), "edits": list(shorter.files), "undone": str(moved)})
+
+
+@app.command("transform")
+def transform(
+    place: Annotated[Path, typer.Argument(metavar="EDIT|STACK", help="An edit file or a stack.")],
+    how: Annotated[str, typer.Argument(metavar="T", help="prune, prune:BASE, rect or rect:PERCENT.")],
+    model: ModelOption,
+    save: Annotated[Path, typer.Option("--save", metavar="FILE", help="Where the one edit goes.")],
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Put edits together into one and let PRUNE or RECT bound what it does to the weights."""
+    with opened(as_json=as_json, debug=debug) as screen:
+        from rep_fast.edits import Edit, EditStack
+        from rep_fast.evaluation import Transform
+
+        transforming = Transform.parse(how)
+        check_file(save, "--save")
+        lm = open_model(model, device=device, dtype=dtype)
+        held = EditStack.open(place).edits(lm) if place.is_dir() else [Edit.load(place)]
+        made = transforming(held, lm)
+        made.save(save)
+        screen.show(_modules_table([_described_module(module) for module in made.modules]))
+        screen.show(f"{len(held)} edits, transformed by {transforming.name}, are in {save}")
+        screen.answer({"place": str(place), "edits": len(held), "saved": str(save), **_described(made)})
 
 
 @app.command("ask")

@@ -85,6 +85,14 @@ def evaluate(
             "default: they are left out of locality and counted.",
         ),
     ] = False,
+    transform: Annotated[
+        str | None,
+        typer.Option(
+            "--transform",
+            metavar="T",
+            help="Ask about each group's accumulated update after prune, prune:BASE, rect or rect:PERCENT.",
+        ),
+    ] = None,
     keep_edits: Annotated[
         bool, typer.Option("--keep-edits", help="Leave the edits of a stacked regime in --out.")
     ] = False,
@@ -115,11 +123,12 @@ def evaluate(
     chosen_seeds = [seed] if seed is not None else numbers(seeds, "--seeds")
     _check_out(out, resume=resume, keep_edits=keep_edits)
     with opened(as_json=as_json, debug=debug) as screen:
-        from rep_fast.evaluation import evaluate_regime, read_references
+        from rep_fast.evaluation import Transform, evaluate_regime, read_references
 
         stacking = _regime(regime, evaluate_every=evaluate_every, ceiling=ceiling)
         shown = _shown_metrics(metrics, all_metrics=all_metrics, generated=fluency or references is not None)
         texts = None if references is None else read_references(references)
+        transforming = None if transform is None else Transform.parse(transform)
         _check_place(screen, out, resume=resume)
         watch = Stopwatch()
         lm = open_model(model, device=device, dtype=dtype)
@@ -141,6 +150,7 @@ def evaluate(
         summary = evaluate_regime(
             lm, chosen, columns, regime=stacking, seeds=chosen_seeds, text=bench.context_text, out_dir=out,
             resume=resume, keep_edits=keep_edits, settings=described, protocol=protocol, references=texts,
+            transform=transforming,
             # what no key-side method can be expected to beat (methods §17)
             ceiling_of=methods[0] if ceiling and methods else None,
             progress=lambda done, total: screen.progress("evaluate", done, total),
@@ -300,6 +310,7 @@ def as_json_object(model: str, n_cases: int, seeds: list[int], summary: Summary,
         "model": model,
         "regime": summary.regime,
         "n_edits": summary.n_edits,
+        "transform": summary.settings.get("transform"),
         "cases": n_cases,
         "seeds": seeds,
         "backend": backend_names(),

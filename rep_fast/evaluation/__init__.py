@@ -15,6 +15,7 @@ from rep_fast.evaluation.scoring import Question, TargetScore, plan_scoring, run
 from rep_fast.evaluation.single import BuildEdit, evaluate_single, one_by_one
 from rep_fast.evaluation.stacking import WriteStep
 from rep_fast.evaluation.summary import MAIN_METRICS, Cell, Spread, Summary
+from rep_fast.evaluation.transform import Transform
 
 __all__ = [
     "GENERATED",
@@ -35,6 +36,7 @@ __all__ = [
     "Spread",
     "Summary",
     "TargetScore",
+    "Transform",
     "WriteStep",
     "case_questions",
     "cases_digest",

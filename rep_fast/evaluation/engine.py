@@ -20,6 +20,7 @@ from rep_fast.evaluation.regime import Regime
 from rep_fast.evaluation.run_directory import RunDirectory
 from rep_fast.evaluation.stacking import Clock, Group, Progress, Setting, StoredEdits, Work, WriteStep
 from rep_fast.evaluation.summary import Summary
+from rep_fast.evaluation.transform import Transform
 from rep_fast.facts import EditCase, TextSource
 from rep_fast.models import EditableLM
 
@@ -40,6 +41,7 @@ def evaluate_regime(
     settings: Mapping[str, Any] | None = None,
     ceiling_of: str | None = None,
     protocol: Protocol = DEFAULT_PROTOCOL,
+    transform: Transform | None = None,
     references: Mapping[str, Sequence[str]] | None = None,
     token_budget: int = 8192,
     progress: Progress | None = None,
@@ -60,6 +62,8 @@ def evaluate_regime(
         keep_edits: leave the edits of finished groups in `out_dir`/edits.
         settings: hyper-parameters of the columns, stored with the run; a resumed run must have the same.
         ceiling_of: column whose v* makes the extra column "ceiling" (`oracle.oracle_patch`); regime single only.
+        transform: done to the sum of a group's edits each time it is asked about, PRUNE for example; each edit is made
+            on the untransformed ones before it.
         references: new target → texts about it, which consistency compares generated texts with.
         progress: called as progress(done, total) after each evaluation, and each edit of a stacked regime.
     Returns:
@@ -76,7 +80,7 @@ def evaluate_regime(
     names = [*columns, *([CEILING] if ceiling_of else [])]
     described = _described(
         lm, cases, names, regime=regime, seeds=seeds, text=text, protocol=protocol, references=references,
-        settings=settings, ceiling_of=ceiling_of,
+        settings=settings, ceiling_of=ceiling_of, transform=transform,
     )  # fmt: skip
     with RunDirectory(out_dir, described, resume=resume, absent={"protocol": NOT_WRITTEN_DOWN}) as run:
         scorer = CaseScorer(
@@ -88,7 +92,7 @@ def evaluate_regime(
             references=None if references is None else References(references),
         )
         work = Work(len(seeds) * sum(_work(regime, len(group), names) for group in regime.groups(cases)), progress)
-        setting = Setting(lm, regime, protocol, scorer, run, work, keep_edits)
+        setting = Setting(lm, regime, protocol, scorer, run, work, keep_edits, transform)
         for seed in seeds:
             for number, group in enumerate(regime.groups(_ordered(cases, seed, protocol))):
                 _evaluate_group(setting, group, columns, seed=seed, number=number, ceiling_of=ceiling_of)
@@ -107,6 +111,7 @@ def _described(
     references: Mapping[str, Sequence[str]] | None,
     settings: Mapping[str, Any] | None,
     ceiling_of: str | None,
+    transform: Transform | None,
 ) -> dict[str, Any]:
     """What identifies a run: a resumed one must have the same."""
     return {
@@ -118,6 +123,7 @@ def _described(
         "cases_digest": cases_digest(cases),
         "columns": list(names),
         "ceiling_of": ceiling_of,
+        "transform": None if transform is None else transform.name,
         "seeds": list(seeds),
         "text": None if text is None else text.name,
         "text_digest": None if text is None else text.digest,

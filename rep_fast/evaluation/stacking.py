@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rep_fast.edits import Edit
+from rep_fast.edits import AppliedEdit, Edit
 from rep_fast.evaluation.case_scorer import CASE_ERRORS, CaseScorer
 from rep_fast.evaluation.protocol import Protocol
 from rep_fast.evaluation.records import CaseRecord, RecordKey
 from rep_fast.evaluation.regime import Regime
 from rep_fast.evaluation.run_directory import RunDirectory
+from rep_fast.evaluation.transform import Transform
 from rep_fast.facts import EditCase
 from rep_fast.models import EditableLM
 
@@ -113,6 +115,7 @@ class Setting:
     run: RunDirectory
     work: Work
     keep_edits: bool = False
+    transform: Transform | None = None
 
     def keep(self, record: CaseRecord) -> None:
         """Write a record and count it."""
@@ -165,13 +168,31 @@ class Group:
                 self._add(number, step, handles)
                 n_written += len(step)
                 if n_written in self._evaluated_after:
-                    last = self._score(n_written)
+                    with self._transformed(handles):
+                        last = self._score(n_written)
         finally:
             clock.lap()
-            for handle in reversed(handles):
-                handle.undo()
+            _undo(handles)
             undo = clock.lap()
         return None if last is None else _with_seconds(last, undo=undo / len(self._cases))
+
+    @contextmanager
+    def _transformed(self, handles: list[Any]) -> Iterator[None]:
+        """With a transform, its one edit stands in place of the group's edits for a while; those are made as ever."""
+        setting = self._setting
+        if setting.transform is None or not self.edits:
+            yield
+            return
+        _undo(handles)
+        instead = self._applied(setting.transform(self.edits, setting.lm))
+        try:
+            yield
+        finally:
+            instead.undo()
+        handles += map(self._applied, self.edits)
+
+    def _applied(self, edit: Edit) -> AppliedEdit:
+        return edit.apply(self._setting.lm, self._setting.protocol.mode, compose=self._setting.protocol.compose)
 
     def _add(self, number: int, step: Sequence[EditCase], handles: list[Any]) -> None:
         """Put the edit of one step on top of the others; a step none of whose records can be written adds nothing."""
@@ -184,7 +205,7 @@ class Group:
             if made:
                 self._stored.save(number, edit)
             clock = Clock(setting.lm)
-            handles.append(edit.apply(setting.lm, setting.protocol.mode, compose=setting.protocol.compose))
+            handles.append(self._applied(edit))
             self.edits.append(edit)
             seconds = edit.notes[EDIT_SECONDS] + clock.lap()
             written = [case.case_id for case in step if not self._has_failed(case)]
@@ -286,6 +307,12 @@ class Group:
 
     def _labels(self, n_edits: int) -> dict[str, Any]:
         return {"column": self._column, "regime": self._setting.regime.name, "n_edits": n_edits}
+
+
+def _undo(handles: list[Any]) -> None:
+    """Take edits back, the last one first; the list is empty afterwards."""
+    while handles:
+        handles.pop().undo()
 
 
 def _with_seconds(record: CaseRecord, **seconds: float) -> CaseRecord:

@@ -131,7 +131,9 @@ class Summary:
     @property
     def label(self) -> str:
         """Regime and number of edits in words."""
-        return f"regime {self.regime}, {self.n_edits} record{'s'[: self.n_edits != 1]} written to one model"
+        transform = self.settings.get("transform")
+        changed = "" if transform is None else f", their sum transformed by {transform}"
+        return f"regime {self.regime}, {self.n_edits} record{'s'[: self.n_edits != 1]} written to one model{changed}"
 
     def checkpoint_tables(self, *, metrics: Sequence[str] | None = MAIN_METRICS) -> list[Table]:
         """Per column a table of what is left after so many edits; none where only ends of groups were evaluated."""

@@ -93,3 +93,26 @@ def test_mistakes_are_one_sentence(rep_fast, saved, tiny_model, tmp_path):
         assert done.code == 1
         assert message in done.err
         assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("how", ["prune", "rect:40"])
+def test_transform_makes_one_edit_of_a_stack(rep_fast, saved, tiny_model, tmp_path, how):
+    place = tmp_path / "stack"
+    assert rep_fast("edits", "stack", place, *saved).code == 0
+    done = rep_fast("edits", "transform", place, how, "--model", tiny_model, "--save", tmp_path / "one", "--json")
+    assert done.code == 0, done.err
+    assert done.json["edits"] == 2
+    made, first = Edit.load(tmp_path / "one"), Edit.load(saved[0])
+    assert [fact.subject for fact in made.facts] == ["Slovenia", "Kobe Bryant"]
+    assert how.partition(":")[0] in made.notes
+    if how == "rect:40":
+        change = made.modules[0].delta.to_dense()
+        assert int((change != 0).sum()) == round(0.4 * change.numel())
+    assert len(made.modules[0].adapters) == 1
+    assert first.fingerprint == made.fingerprint
+
+
+def test_an_unknown_transform_is_one_sentence(rep_fast, saved, tiny_model, tmp_path):
+    done = rep_fast("edits", "transform", saved[0], "shrink", "--model", tiny_model, "--save", tmp_path / "one")
+    assert (done.code, (tmp_path / "one").exists()) == (1, False)
+    assert "transform 'shrink' is unknown; write prune, prune:1.2, rect or rect:40" in done.err

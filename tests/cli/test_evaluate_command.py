@@ -164,6 +164,7 @@ def test_usage_errors_have_status_2(rep_fast, command, options, word):
         (["--layers", "99"], "99"),
         (["--regime", "batch"], "regime 'batch' is unknown; write single, batch:100"),
         (["--regime", "cumulative:0"], "it must be 1 or more"),
+        (["--transform", "shrink"], "transform 'shrink' is unknown; write prune, prune:1.2, rect or rect:40"),
         (["--evaluate-every", "1"], "is evaluated after its 1 edit anyway"),
         (["--regime", "sequential:2", "--ceiling"], "take it in regime single"),
         (["--regime", "batch:2"], "rome writes one fact at a time, got 2"),
@@ -230,6 +231,17 @@ def test_edits_are_stacked_and_asked_about_on_the_way(rep_fast, command, tmp_pat
     assert json.loads((out / "settings.json").read_text())["protocol"]["record_order"] == "seed"
     assert len(list((out / "edits").rglob("*.safetensors"))) == 4
     assert "sequential,checkpoint,1,rome,success,REP," in (out / "summary.csv").read_text()
+
+
+@pytest.mark.parametrize("name", ["prune", "rect:40"])
+def test_accumulated_updates_are_transformed_on_factworld(rep_fast, corpus, name):
+    done = rep_fast(
+        "evaluate", "--model", "factworld", "--limit", "3", "--regime", "sequential", "--transform", name, "--set",
+        "v_steps=3", "--text", corpus, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert (done.json["regime"], done.json["n_edits"], done.json["transform"]) == ("sequential", 3, name)
+    assert done.json["metrics"]["rome"]["success"]["n"] == 3
 
 
 def test_a_group_with_too_few_records_is_told_of(rep_fast, command):
