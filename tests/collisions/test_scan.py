@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rep_fast.collisions import Query, ScanState, scan, scan_blocks, scan_result, subject_queries, whiten_queries
+from rep_fast.collisions.scan import _sum_of_rows
 from rep_fast.collisions.token_blocks import token_blocks
 from rep_fast.errors import FingerprintError, HparamError, LayerError, TextSourceError
 from rep_fast.facts import Fact, MemoryText
@@ -85,6 +86,22 @@ def test_scan_equals_brute_force(tiny_lm, block, window):
 
 def star_keys(lm):
     return [query.key.double() for query in subject_queries(lm, FACTS, LAYER)]
+
+
+@pytest.mark.parametrize("n_keys", [1, 63, 64, 65, 640, 1000])
+def test_keys_are_summed_to_the_bound_of_short_runs(n_keys):
+    keys = torch.randn(n_keys, 7, generator=torch.Generator().manual_seed(n_keys)) * 1e3
+    bound = 64 * 2.0**-24 * keys.double().abs().sum(0)
+    assert (_sum_of_rows(keys) - keys.double().sum(0)).abs().le(bound).all()
+    assert _sum_of_rows(keys).dtype == torch.float64
+
+
+def test_surroundings_of_hits_that_were_overtaken_are_let_go(tiny_llama):
+    queries = whiten_queries(tiny_llama, subject_queries(tiny_llama, FACTS, LAYER), make_moments(tiny_llama), LAYER)
+    state = scan_blocks(tiny_llama, queries, CORPUS, LAYER, top=1, block=4, rows=1)
+    standing = {position for position in state.hits.ids.flatten().tolist() if position >= 0}
+    assert standing <= set(state.contexts)
+    assert len(state.contexts) <= 2 * state.hits.ids.numel() < len(corpus_ids(tiny_llama)) // 4
 
 
 def test_context_surrounds_the_hit_and_stays_inside_its_block(tiny_llama):
