@@ -16,7 +16,7 @@ from rep_fast.edits import KeyAdapter
 from rep_fast.errors import FingerprintError, HparamError, TextSourceError
 from rep_fast.facts import EditCase, Fact, MemoryText, Sided
 from rep_fast.models import EditableLM
-from rep_fast.rep import SubjectForms
+from rep_fast.rep import SubjectForms, training
 from rep_fast.rep.training import cache_keys
 from rep_fast.stats import SecondMoments
 
@@ -189,6 +189,24 @@ def test_negatives_follow_the_objective_of_the_preset(tiny_llama: EditableLM, mo
     bench = api.Workbench(tiny_llama, text=TEXT, preset="rep-official", overrides={"layer": 1})
     monkeypatch.setattr(bench, "negative_pool", lambda layer: pytest.fail("the paper's objective has no negatives"))
     bench.prepare(["rome"], rep=True)
+
+
+@pytest.mark.parametrize(("method", "vector"), [("rome", "direction"), ("emmet", "k_star")])
+def test_the_parity_preset_trains_on_the_target_of_its_method(
+    tiny_llama: EditableLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, vector: str
+) -> None:
+    seen: list[torch.Tensor] = []
+    keep = training.fit
+
+    def noting(weights: Any, keys: training.CachedKeys, hparams: Any, *, seed: int) -> Any:
+        seen.append(keys.target)
+        return keep(weights, keys, hparams, seed=seed)
+
+    monkeypatch.setattr(training, "fit", noting)
+    overrides = {"layer": 1, "v_steps": 2, "rank": 2, "steps": 1}
+    bench = api.Workbench(tiny_llama, text=TEXT, preset="rep-official", overrides=overrides, cache_dir=tmp_path)
+    wanted = bench.edit(FIVE[0], method=method, rep=True).modules[0].vectors[vector]
+    torch.testing.assert_close(seen, [wanted / wanted.norm() if vector == "direction" else wanted])
 
 
 def test_settings_name_every_hyper_parameter(bench: api.Workbench) -> None:

@@ -11,7 +11,7 @@ from rep_fast import editors, factworld
 from rep_fast.editors import RomeHparams, ValueHparams
 from rep_fast.errors import HparamError
 from rep_fast.evaluation import Protocol
-from rep_fast.presets import Preset, flat_mapping, from_flat_mapping, load_preset, preset_names
+from rep_fast.presets import Preset, _merged, flat_mapping, from_flat_mapping, load_preset, preset_names
 from rep_fast.rep import RepHparams
 
 
@@ -117,12 +117,19 @@ def test_one_method_s_values_win_over_the_family_s_and_over_what_holds_for_all()
 
 
 @pytest.mark.parametrize(
-    ("method", "target"), [("rome", "whitened"), ("r-rome", "whitened"), ("memit", "raw"), ("emmet", "raw")]
+    ("method", "target"),
+    [("rome", "whitened"), ("r-rome", "whitened"), ("memit", "raw"), ("memit-cache", "raw"), ("emmet", "raw")],
 )
 def test_the_official_adapters_of_batch_methods_look_for_the_raw_key(method: str, target: str) -> None:
     section = load_preset("rep-official").section("rep-paper", family="llama", method=method)
     assert section.get("target", "whitened") == target
     assert "target" not in load_preset("default").section("rep-paper", family="llama", method=method)
+
+
+def test_an_extending_preset_keeps_and_overrides_what_was_said_for_methods() -> None:
+    base = {"p": 1, "by_method": {"memit": {"p": 9, "q": 2}}}
+    assert _merged(base, {"by_method": {"memit": {"q": 3}}})["by_method"] == {"memit": {"p": 9, "q": 3}}
+    assert _merged(base, {"p": 4}) == {"p": 4, "by_method": {"memit": {"q": 2}}}
 
 
 def test_flat_names_round_trip() -> None:
