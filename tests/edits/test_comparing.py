@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from rep_fast.edits import Delta, Dense, Edit, KeyAdapter, LowRank, ModuleEdit, Slices
+from rep_fast.edits import (
+    Codebook,
+    Delta,
+    Dense,
+    Edit,
+    KeyAdapter,
+    LowRank,
+    MemoryRules,
+    ModuleEdit,
+    Replacement,
+    SideMemory,
+    Slices,
+)
 from rep_fast.edits.comparing import compare, inner_product
 from rep_fast.facts import Fact
 
@@ -55,3 +68,46 @@ def test_an_edit_and_its_scaled_double() -> None:
     same = compare(first, first)
     assert (same.only_first, same.only_second, same.hparams) == ((), (), {})
     assert not compare(first, replace(first, fingerprint="g")).same_model
+
+
+def replacing(replacement: Replacement, **others: Any) -> Edit:
+    return Edit((ONE,), "grace", {}, "f", (ModuleEdit(1, linear="down", replacement=replacement, **others),))
+
+
+def codebook(keys: torch.Tensor, values: torch.Tensor) -> Codebook:
+    return Codebook(keys, values, ("Asia",) * len(keys), (1.0,) * len(keys))
+
+
+def test_codebooks_are_compared_key_by_key() -> None:
+    keys, values = torch.eye(7, dtype=torch.float64), torch.arange(1.0, 36.0, dtype=torch.float64).reshape(7, 5)
+    whole, half, other = (
+        codebook(keys[:2], values[:2]),
+        codebook(keys[1:2], values[1:2]),
+        codebook(keys[4:], values[4:]),
+    )
+    (found,) = compare(replacing(whole), replacing(half)).modules
+    norms = (float(values[:2].norm()), float(values[1].norm()))
+    assert (found.place, found.kinds, found.adapters) == ((1, "down"), ("codebook", "codebook"), (0, 0))
+    assert found.norms == pytest.approx(norms)
+    assert found.cosine == pytest.approx(norms[1] / norms[0])
+    assert compare(replacing(whole), replacing(other)).modules[0].cosine == 0
+    assert compare(replacing(whole), replacing(whole)).modules[0].cosine == pytest.approx(1)
+
+
+def test_side_memories_are_compared_by_the_sum_of_their_changes() -> None:
+    changes = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    both = SideMemory(changes, (1.0, 2.0), (1, 1), MemoryRules("silu"))
+    one = SideMemory(-3 * changes.sum(dim=0)[None], (1.0,), (1,), MemoryRules("silu"))
+    (found,) = compare(replacing(both), replacing(one)).modules
+    assert found.cosine == pytest.approx(-1)
+    assert found.norms == pytest.approx((float(changes.sum(dim=0).norm()), 3 * float(changes.sum(dim=0).norm())))
+    book = codebook(torch.eye(7, dtype=torch.float64)[:1], torch.ones(1, 5, dtype=torch.float64))
+    (found,) = compare(replacing(both), replacing(book)).modules
+    assert (found.kinds, found.cosine) == (("side_memory", "codebook"), None)
+
+
+def test_a_replacement_beside_a_delta_has_an_entry_of_its_own() -> None:
+    book = codebook(torch.eye(7, dtype=torch.float64)[:1], torch.ones(1, 5, dtype=torch.float64))
+    delta, replaced = compare(replacing(book, delta=deltas(0)[0]), replacing(book)).modules
+    assert (delta.kinds, delta.cosine) == (("low_rank", None), None)
+    assert (replaced.kinds, replaced.cosine) == (("codebook", "codebook"), pytest.approx(1))
