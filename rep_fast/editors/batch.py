@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rep_fast.editors.answered import unanswered
 from rep_fast.editors.keys import KeyReader, LookupRows
 from rep_fast.editors.least_squares import BatchUpdate, solve_batch, spread_share
-from rep_fast.editors.passes import WrittenKeys, joined_passes, protecting, unanswered
+from rep_fast.editors.passes import WrittenKeys, joined_passes, protecting
 from rep_fast.editors.state import EditorState
 from rep_fast.editors.value import HIDDEN, OptimisedValue, ValueHparams, optimise_values
 from rep_fast.edits import PAST_KEYS, Edit, LowRank, ModuleEdit

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rep_fast.editors.answered import are_answered, nothing_to_edit
 from rep_fast.editors.target_loss import Objective, TargetLoss
 from rep_fast.edits import Dense, Edit, ModuleEdit
-from rep_fast.errors import HparamError, NothingToEditError
+from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM, Site, SuffixState
 from rep_fast.presets import flat_mapping
@@ -72,7 +73,8 @@ def fine_tune(lm: EditableLM, facts: Sequence[Fact], *, hparams: FineTuningHpara
     Args:
         facts: one or more; with several, one pass updates once per `ft_batch` of them, in the order given.
     Returns:
-        Edit with a dense delta per layer. `notes`: losses, the mean of each pass before its updates, and updates.
+        Edit with a dense delta per layer. `notes`: losses, the mean of each pass before its updates, updates, and
+        numbers of the facts that were answered before (`answered.py`).
     Raises:
         LayerError: no such layer. NothingToEditError: every loss lies below 0.01 from the start.
         TokenizationError, PromptError: see `EditableLM.answer`.
@@ -80,6 +82,8 @@ def fine_tune(lm: EditableLM, facts: Sequence[Fact], *, hparams: FineTuningHpara
     """
     for layer in hparams.layers:
         lm.check_layer(layer)
+    answers = are_answered(lm, facts, target_tok=hparams.target_tok)
+    before = [number for number, is_answered in enumerate(answers) if is_answered]
     dtype = torch.promote_types(lm.dtype, torch.float32)
     changes = {
         layer: torch.zeros(
@@ -96,15 +100,14 @@ def fine_tune(lm: EditableLM, facts: Sequence[Fact], *, hparams: FineTuningHpara
     with Edit((), method, {}, lm.fingerprint, above).applied(lm), torch.enable_grad():
         losses, updates = _train(lm, chunks, changes, hparams)
     if not updates:
-        texts = ", ".join(repr(fact.text) for fact in facts)
-        raise NothingToEditError(f"the model already gives the new targets of {texts}; choose other targets")
+        raise nothing_to_edit(facts)  # every loss lay below the floor from the start
     return Edit(
         facts=tuple(facts),
         method=method,
         hparams=flat_mapping(hparams),
         fingerprint=lm.fingerprint,
         modules=tuple(ModuleEdit(layer, Dense(change.detach())) for layer, change in changes.items()),
-        notes={"losses": losses, "updates": updates},
+        notes={"losses": losses, "updates": updates, "answered_before": before},
         model_name=lm.name,
     )
 

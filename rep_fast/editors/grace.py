@@ -17,9 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rep_fast.editors.answered import answered_before
 from rep_fast.edits import Codebook, Edit, ModuleEdit, without_replacements
 from rep_fast.edits.codebook import EXTENTS, Extent, extent_positions
-from rep_fast.errors import HparamError, NothingToEditError
+from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
 from rep_fast.models import Answer, Batch, EditableLM, ForwardPass, Site
 from rep_fast.presets import flat_mapping
@@ -82,28 +83,34 @@ def grace(
         facts: at least one; entries follow their order.
         seed: of the random start; entry i of a call starts from the same numbers whatever the others are.
     Returns:
-        Edit whose one module carries a `Codebook`; labels are the new targets.
+        Edit whose one module carries a `Codebook`; labels are the new targets. A fact that the model answers already
+        has no entry; `notes` name it in answered_before (`answered.py`).
     Raises:
-        LayerError: no such layer, or a family without this linear. NothingToEditError: the model already answers so.
+        LayerError: no such layer, or a family without this linear. NothingToEditError: the model already answers every
+            fact with its new target.
     Cost: n_iter forwards of one row per fact, and backwards down to the layer.
     """
     lm.check_layer(hparams.layer)
     with without_replacements(lm, (hparams.layer, hparams.linear)):
-        trained = [
-            train_value(lm, fact, hparams=hparams, generator=torch.Generator().manual_seed(seed + number))
+        before = answered_before(lm, facts, target_tok=hparams.target_tok)
+        trained = {
+            number: train_value(lm, fact, hparams=hparams, generator=torch.Generator().manual_seed(seed + number))
             for number, fact in enumerate(facts)
-        ]
+            if number not in before
+        }
+    entries = list(trained.values())
     codebook = Codebook(
-        torch.stack([entry.key for entry in trained]),
-        torch.stack([entry.value for entry in trained]),
-        tuple(fact.target_new.strip() for fact in facts),
-        (hparams.eps,) * len(trained),
+        torch.stack([entry.key for entry in entries]),
+        torch.stack([entry.value for entry in entries]),
+        tuple(facts[number].target_new.strip() for number in trained),
+        (hparams.eps,) * len(entries),
         hparams.replacement,
     )
     notes = {
-        "loss_first": [entry.losses[0] for entry in trained],
-        "loss_last": [entry.losses[-1] for entry in trained],
-        "forwards": [len(entry.losses) for entry in trained],
+        "loss_first": [entry.losses[0] for entry in entries],
+        "loss_last": [entry.losses[-1] for entry in entries],
+        "forwards": [len(entry.losses) for entry in entries],
+        "answered_before": before,
     }
     return Edit(
         facts=tuple(facts),
@@ -121,7 +128,7 @@ def train_value(lm: EditableLM, fact: Fact, *, hparams: GraceHparams, generator:
     answer = lm.answer(fact.text, fact.target_new, mode=hparams.target_tok)
     batch = lm.encode([answer.input_ids], prompt_lengths=[answer.prompt_length])
     targets = torch.tensor(answer.target_ids, device=lm.device)
-    key, output = _unedited(lm, fact, answer, batch, hparams)
+    key, output = _unedited(lm, answer, batch, hparams)
     dtype = torch.promote_types(output.dtype, torch.float32)
     start = output if hparams.val_init == "warm" else torch.rand(output.shape, generator=generator)
     value = start.to(output.device, dtype).requires_grad_()
@@ -142,14 +149,9 @@ def train_value(lm: EditableLM, fact: Fact, *, hparams: GraceHparams, generator:
 
 
 @torch.no_grad()
-def _unedited(lm: EditableLM, fact: Fact, answer: Answer, batch: Batch, hparams: GraceHparams) -> tuple[Tensor, Tensor]:
+def _unedited(lm: EditableLM, answer: Answer, batch: Batch, hparams: GraceHparams) -> tuple[Tensor, Tensor]:
     """What enters and leaves the module at the prompt's last token."""
     before, after = (Site(kind, hparams.layer) for kind in LINEAR_SITES[hparams.linear])
-    with lm.capture([before, after]) as seen:
-        found = lm.logits(batch, at=[answer.positions]).argmax(dim=-1)
-    if found.tolist() == list(answer.target_ids):
-        raise NothingToEditError(
-            f"the model already answers {fact.text!r} with {fact.target_new!r}; choose another target"
-        )
-    last = torch.tensor([answer.prompt_length - 1])
-    return seen.at(before, last)[0], seen.at(after, last)[0]
+    seen = lm.read(batch, [before, after])
+    last = answer.prompt_length - 1
+    return seen[before][0, last], seen[after][0, last]

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rep_fast.editors.answered import nothing_to_edit
 from rep_fast.edits import Edit, ModuleEdit, Slices
 from rep_fast.errors import HparamError, NothingToEditError
 from rep_fast.facts import Fact
@@ -182,9 +183,7 @@ def _shift(lm: EditableLM, fact: Fact, hparams: KnowledgeNeuronsHparams) -> Tens
     answer = lm.answer(fact.text, fact.target_new, mode=hparams.target_tok)
     said = _greedy(lm, answer.prompt_ids, len(answer.target_ids))
     if said == answer.target_ids:
-        raise NothingToEditError(
-            f"the model already answers {fact.text!r} with {fact.target_new!r}; choose another target"
-        )
+        raise nothing_to_edit([fact])
     embeddings = lm.token_embeddings.detach()
     wide = torch.promote_types(embeddings.dtype, torch.float32)
     new, old = (embeddings[list(ids)].to(wide).sum(dim=0) for ids in (answer.target_ids, said))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rep_fast.editors.answered import answered_before
 from rep_fast.editors.target_loss import TargetLoss
 from rep_fast.edits import Edit, LowRank, ModuleEdit
 from rep_fast.errors import HparamError, MissingDependencyError
@@ -63,12 +64,14 @@ def lora(lm: EditableLM, facts: Sequence[Fact], *, hparams: LoraHparams, method:
         seed: of the factors' start and of dropout.
     Returns:
         Edit with a low-rank delta per module. `notes`: losses, the mean of each pass before its updates, without
-        AdaLoRA's regulariser.
+        AdaLoRA's regulariser, and numbers of the facts that were answered before (`answered.py`).
     Raises:
         MissingDependencyError: peft is not installed. LayerError: no such layer.
+        NothingToEditError: the model already answers every fact with its new target.
         TokenizationError, PromptError: see `EditableLM.answer`.
     Cost: `lora_steps` forwards and backwards of the whole model.
     """
+    before = answered_before(lm, facts, target_tok=hparams.target_tok)
     targets = [
         TargetLoss.of(lm, facts[begin : begin + hparams.lora_batch], target_tok=hparams.target_tok)
         for begin in range(0, len(facts), hparams.lora_batch)
@@ -87,7 +90,7 @@ def lora(lm: EditableLM, facts: Sequence[Fact], *, hparams: LoraHparams, method:
         hparams=flat_mapping(hparams),
         fingerprint=lm.fingerprint,
         modules=modules,
-        notes={"losses": losses, "seed": seed},
+        notes={"losses": losses, "seed": seed, "answered_before": before},
         model_name=lm.name,
     )
 

@@ -90,7 +90,8 @@ def pac(lm: EditableLM, facts: Sequence[Fact], *, hparams: PacHparams, seed: int
         seed: order of the batches in each epoch.
     Returns:
         Edit with `Slices` of every module that has nodes: rows of up (and gate), columns of down. notes: NLL of each
-        fact in its first and last forward pass, epochs begun, updates made, nodes trained in all.
+        fact in its first and last forward pass, epochs begun, updates made, nodes trained in all, and numbers of the
+            facts that were answered before (`answered.py`).
     Raises:
         HparamError: no facts, more nodes asked than a layer has, a gate asked of a plain MLP.
         LayerError: no such layer.
@@ -173,6 +174,7 @@ class _Training:
             "epochs": self._epochs,
             "updates": self._updates,
             "nodes": sum(len(own) for own in self.slices.values.values()),
+            "answered_before": [fact for fact in facts if self._contrasts[fact].is_answered],
         }
 
     def _train_on(self, number: int) -> bool:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from rep_fast.errors import NothingToEditError
+from rep_fast.editors.answered import nothing_to_edit, said_instead
 from rep_fast.facts import Fact
 from rep_fast.models import Answer, EditableLM
-
-_ROWS_PER_PASS = 64
 
 
 @dataclass(frozen=True)
@@ -21,6 +17,11 @@ class Contrast:
     fact: Fact
     wanted: Answer
     kept: Answer
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the model that was handed over gives the new answer already."""
+        return self.kept.target_ids == self.wanted.target_ids
 
 
 def contrasts_of(lm: EditableLM, facts: Sequence[Fact], *, kept: str, target_tok: str) -> list[Contrast]:
@@ -33,29 +34,14 @@ def contrasts_of(lm: EditableLM, facts: Sequence[Fact], *, kept: str, target_tok
         NothingToEditError: the model answers every fact with its new target already.
     """
     wanted = [lm.answer(fact.text, fact.target_new, mode=target_tok) for fact in facts]
-    said = _arg_max(lm, wanted)
+    said = said_instead(lm, wanted)
     if said == [answer.target_ids for answer in wanted]:
-        raise NothingToEditError(
-            f"the model already answers {facts[0].text!r} with {facts[0].target_new!r}"
-            + ("" if len(facts) == 1 else f", and so on for all {len(facts)} facts")
-            + "; choose another target"
-        )
+        raise nothing_to_edit(facts)
     if kept == "free":
         answers = [_continued(lm, answer) for answer in wanted]
     else:
         answers = [replace(answer, target_ids=own) for answer, own in zip(wanted, said, strict=True)]
     return [Contrast(*parts) for parts in zip(facts, wanted, answers, strict=True)]
-
-
-@torch.no_grad()
-def _arg_max(lm: EditableLM, answers: Sequence[Answer]) -> list[tuple[int, ...]]:
-    found: list[tuple[int, ...]] = []
-    for begin in range(0, len(answers), _ROWS_PER_PASS):
-        part = answers[begin : begin + _ROWS_PER_PASS]
-        logits = lm.logits([answer.input_ids for answer in part], at=[answer.positions for answer in part])
-        best = logits.argmax(dim=-1).split([answer.n_targets for answer in part])
-        found += [tuple(own.tolist()) for own in best]
-    return found
 
 
 def _continued(lm: EditableLM, answer: Answer) -> Answer:

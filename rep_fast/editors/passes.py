@@ -20,19 +20,6 @@ from rep_fast.models import EditableLM
 KeyName = Callable[[Fact], Hashable]
 
 
-def unanswered(lm: EditableLM, facts: Sequence[Fact], *, target_tok: str) -> list[Fact]:
-    """The facts whose bare prompt the model, as it stands, does not answer with the new target."""
-    answers = [lm.answer(fact.text, fact.target_new, mode=target_tok) for fact in facts]
-    with torch.no_grad():
-        rows = lm.logits([answer.input_ids for answer in answers], at=[answer.positions for answer in answers])
-    found = iter(rows.argmax(dim=-1).tolist())
-    return [
-        fact
-        for fact, answer in zip(facts, answers, strict=True)
-        if [next(found) for _ in answer.positions] != list(answer.target_ids)
-    ]
-
-
 class WrittenKeys:
     """Past keys of the passes so far, one row per key and layer; a key that is written again takes its own place.
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rep_fast.editors.answered import nothing_to_edit
 from rep_fast.editors.value_descent import Descent, ValueHparams, descend
 from rep_fast.editors.value_texts import GroupTexts, edit_texts
-from rep_fast.errors import HparamError, NothingToEditError
+from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM, Site, SuffixState
 
@@ -114,10 +115,7 @@ def optimise_values(
         ):
             found[number] = OptimisedValue.of(descent, group_keys, group_values[-1])
     if all(already for value in found.values() for already in value.answered):
-        fact = groups[0][0]
-        raise NothingToEditError(
-            f"the model already answers {fact.text!r} with {fact.target_new!r}; choose another target"
-        )
+        raise nothing_to_edit([fact for group in groups for fact in group])
     return [found[number] for number in range(len(groups))]
 
 

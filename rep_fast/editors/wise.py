@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rep_fast.editors.answered import answered_before
 from rep_fast.edits import Edit, MemoryRules, ModuleEdit, SideMemory, replacements_at, without_replacements
 from rep_fast.edits.side_memory import activation_gaps, check_rules, filled, joined, prompt_gaps
-from rep_fast.errors import HparamError, NothingToEditError
+from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
 from rep_fast.models import Batch, EditableLM, ForwardPass, Site, SuffixState
 from rep_fast.presets import flat_mapping
@@ -100,10 +101,12 @@ def wise(
         templates: `context_templates` of the model, the bare one first.
         seed: of the masks; a memory's mask is drawn from it and the memory's number.
     Returns:
-        Edit whose one module carries a `SideMemory` with what this call added; undone, the memory is as before.
+        Edit whose one module carries a `SideMemory` with what this call added; undone, the memory is as before. A fact
+        that the model answers already is left out; `notes` name it in answered_before (`answered.py`).
     Raises:
         LayerError: no such layer, a quantised weight, or an active edit above the layer that replaces outputs.
-        HparamError: active side memories follow other rules. NothingToEditError: the model already answers so.
+        HparamError: active side memories follow other rules. NothingToEditError: the model already answers every fact
+            with its new target.
     Cost: one forward of all rows per fact, then n_iter passes over the layers above; D·M numbers per memory touched.
     """
     place = (lm.check_layer(hparams.layer), LINEAR)
@@ -114,7 +117,8 @@ def wise(
     own: list[SideMemory] = []  # what this call adds, one piece per memory
     losses: list[tuple[float, ...]] = []
     with without_replacements(lm, place):
-        for fact in facts:
+        before = answered_before(lm, facts, target_tok=hparams.target_tok)
+        for fact in (fact for number, fact in enumerate(facts) if number not in before):
             has_room = bool(memories) and memories[-1].counts[0] < rules.save_freq
             examples = gather(lm, fact, hparams, templates)
             start = memories[-1].changes[0].to(examples.values) if has_room else _no_change(examples)
@@ -129,6 +133,7 @@ def wise(
         "loss_first": [lost[0] for lost in losses],
         "loss_last": [lost[-1] for lost in losses],
         "forwards": [len(lost) for lost in losses],
+        "answered_before": before,
     }
     return Edit(
         facts=tuple(facts),
@@ -142,11 +147,7 @@ def wise(
 
 
 def gather(lm: EditableLM, fact: Fact, hparams: WiseHparams, templates: Sequence[str]) -> Examples:
-    """The rows of one fact, run once up to the edited layer and prepared to go on from there.
-
-    Raises:
-        NothingToEditError: the model already answers the bare prompt with the new target.
-    """
+    """The rows of one fact, run once up to the edited layer and prepared to go on from there."""
     prompts = [template.replace("{}", fact.prompt) for template in templates]
     answers = [lm.answer(p.replace("{}", fact.subject), fact.target_new, mode=hparams.target_tok) for p in prompts]
     batch = lm.encode([a.input_ids for a in answers], prompt_lengths=[a.prompt_length for a in answers])
@@ -155,12 +156,6 @@ def gather(lm: EditableLM, fact: Fact, hparams: WiseHparams, templates: Sequence
         state = lm.suffix_state(batch, hparams.layer, [0] * batch.n_rows)
     answer_at = tuple(answer.positions for answer in answers)
     target_ids = torch.tensor([token for answer in answers for token in answer.target_ids], device=lm.device)
-    with torch.no_grad():
-        bare = lm.resume(state, state.hidden, at=answer_at)[: answers[0].n_targets].argmax(dim=-1)
-    if bare.tolist() == list(answers[0].target_ids):
-        raise NothingToEditError(
-            f"the model already answers {fact.text!r} with {fact.target_new!r}; choose another target"
-        )
     values = _widened(seen[value_site])
     is_prompt = ForwardPass.of(batch).is_prompt(values.shape[1])
     is_subject = _subject_tokens(lm, prompts, fact.subject, is_prompt)

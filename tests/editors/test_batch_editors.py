@@ -15,12 +15,13 @@ from torch import Tensor
 
 from rep_fast import editors
 from rep_fast.editors import EditorState, batch
-from rep_fast.editors.batch import key_groups, unanswered
+from rep_fast.editors.answered import unanswered
+from rep_fast.editors.batch import key_groups
 from rep_fast.editors.keys import KeyReader, LookupRows
 from rep_fast.edits import Edit, LowRank, ModuleEdit
 from rep_fast.errors import FingerprintError, HparamError, LayerError, PromptError
 from rep_fast.facts import Fact
-from rep_fast.models import EditableLM, Site
+from rep_fast.models import Batch, EditableLM, Site
 from rep_fast.stats import SecondMoments
 
 METHODS = ("memit", "memit-cache", "emmet", "pmet", "alphaedit")
@@ -340,8 +341,8 @@ def test_a_fact_is_answered_when_every_target_token_is_said(
     said[1][-1] += 1  # one wrong token is enough
     said[2][0] += 1
 
-    def logits(rows: Sequence[Sequence[int]], *, at: Sequence[Sequence[int]]) -> Tensor:
-        assert [tuple(row) for row in rows] == [tuple(answer.input_ids) for answer in answers]
+    def logits(batch: Batch, *, at: Sequence[Sequence[int]]) -> Tensor:
+        assert [tuple(row) for row in batch.rows()] == [tuple(answer.input_ids) for answer in answers]
         assert [tuple(positions) for positions in at] == [answer.positions for answer in answers]
         ids = torch.tensor([token for row in said for token in row])
         return torch.nn.functional.one_hot(ids, lm.vocab_size).double()
