@@ -15,10 +15,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from rep_fast.editors.corpus_moments import WHITENING_ERROR
 from rep_fast.editors.least_squares import solve_batch
 from rep_fast.ops import SpdSolver
 from rep_fast.stats.null_space import NullSpace
@@ -79,10 +81,11 @@ def providers(problem: Problem, method: str) -> dict[str, Callable[[], Tensor]]:
     if method == "memit":
         weight = LAMBDA_PER_WIDTH * width
         solver = SpdSolver.factor(problem.second_moment, precision="fp32")
+        whiten = partial(solver.solve, forward_error=WHITENING_ERROR)  # as the editors do
         moment, past = problem.second_moment.double(), problem.gram_of_past
 
         def ours() -> Tensor:
-            update = solve_batch(keys, residuals, metric=solver.solve, ridge=weight, past=problem.past)
+            update = solve_batch(keys, residuals, metric=whiten, ridge=weight, past=problem.past)
             return update.delta().to_dense()
 
         def dense() -> Tensor:

@@ -12,6 +12,9 @@ from rep_fast.errors import HparamError
 from rep_fast.models import EditableLM
 from rep_fast.stats import SecondMoments
 
+# of C⁻¹k, relative: what enters ΔW, whose error is of the same order
+WHITENING_ERROR = 1e-10
+
 
 def checked_moments(
     lm: EditableLM, moments: SecondMoments | None, layers: Sequence[int], *, or_else: str = ""
@@ -46,6 +49,6 @@ def whitening(moments: SecondMoments) -> Callable[[int, Tensor], Tensor]:
 
     def whiten(layer: int, columns: Tensor) -> Tensor:
         solver = moments.solver(layer)
-        return solver.solve(columns.to(solver.second_moment.device))
+        return solver.solve(columns.to(solver.second_moment.device), forward_error=WHITENING_ERROR)
 
     return whiten

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,71 @@ def test_a_backward_error_that_is_not_reached_is_refused() -> None:
         solver.solve(random_columns(50, 1), backward_error=0.0)
 
 
+@pytest.mark.parametrize("wanted", [1e-4, 1e-7, 1e-10])
+@pytest.mark.parametrize("condition", [3, 1e3, 1e5])
+@pytest.mark.parametrize("is_smooth", [False, True], ids=["random", "smooth"])
+def test_the_forward_error_asked_for_is_kept(level: str, condition: float, wanted: float, is_smooth: bool) -> None:
+    """Also for right-hand sides whose first correction, tiny, says little about the later ones."""
+    C = moment_of_condition(300, condition).float()
+    C = (C + C.T) / 2
+    b = random_columns(300, 5)
+    if is_smooth:  # x has little of the directions where a float32 factor errs
+        b = torch.linalg.matrix_power(C.double(), 3) @ b
+    solver = SpdSolver.factor(C)
+    x = solver.solve(b, forward_error=wanted)
+    # rounding of the float64 residual: condition · 2⁻⁵³ per entry, in both answers
+    want, rounding = reference.solve(C, b), 4 * condition * 300**0.5 * 2.0**-53
+    assert float(((x - want).norm(dim=0) / want.norm(dim=0)).max()) <= wanted + rounding
+    assert solver.report.precision == "fp32"
+    assert solver.report.forward_error is not None
+    assert solver.report.forward_error <= wanted
+    assert math.isnan(solver.report.residual)
+    solver.solve(b)
+    assert solver.report.forward_error is None
+
+
+def test_the_forward_error_takes_no_step_too_many() -> None:
+    """A float64 factor needs none, a float32 one in a condition of 100 one step for 1e-9."""
+    C, b = moment_of_condition(200, 100), random_columns(200, 3)
+    steps = []
+    for precision in ("fp64", "fp32"):
+        solver = SpdSolver.factor(C, precision=precision)
+        solver.solve(b, forward_error=1e-9)
+        steps.append(solver.report.iterations)
+    assert steps == [0, 1]
+
+
+def test_where_refinement_is_slow_the_tolerance_decides() -> None:
+    C = moment_of_condition(300, 3e7)
+    solver = SpdSolver.factor(C, tolerance=3e-9)
+    b = random_columns(300, 2)
+    x = solver.solve(b, forward_error=1e-10)
+    assert solver.report.method == "conjugate gradients"
+    assert solver.report.forward_error is None
+    assert residual(C, x, b) <= 3e-9
+
+
+def test_errors_of_the_forward_error() -> None:
+    solver = SpdSolver.factor(torch.eye(3))
+    with pytest.raises(HparamError, match=r"forward_error must be positive, got 0\.0"):
+        solver.solve(torch.ones(3, 1), forward_error=0.0)
+    with pytest.raises(HparamError, match="exclude each other; give one of them"):
+        solver.solve(torch.ones(3, 1), forward_error=1e-9, backward_error=1e-13)
+    b = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(solver.solve(b, forward_error=1e-9), b, rtol=1e-9, atol=0)
+    assert solver.solve(torch.ones(3, 0), forward_error=1e-9).shape == (3, 0)
+
+
+@pytest.mark.parametrize("size", [1e-24, 1.0, 1e24])
+def test_the_norm_of_a_moment_of_any_size(size: float) -> None:
+    C = size * moment_of_condition(40, 10)
+    solver = SpdSolver.factor(C.float())
+    b = random_columns(40, 2)
+    x = solver.solve(b, backward_error=1e-13)
+    allowed = 1.01e-13 * (C.norm() * x.norm(dim=0) + b.norm(dim=0))
+    assert bool(((C.float().double() @ x - b).norm(dim=0) <= allowed).all())
+
+
 def test_the_factor_alone_gives_float32_accuracy(level: str) -> None:
     C = moment_of_condition(200, 100)
     b = random_columns(200, 3)
@@ -211,6 +277,19 @@ def test_auto_ridge_is_the_smallest_that_factors() -> None:
 def test_float32_moments_are_kept_in_float32_and_not_copied() -> None:
     C = moment_of_condition(16, 10).float()
     assert SpdSolver.factor(C).second_moment.data_ptr() == C.data_ptr()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_kept_is_the_cholesky_factor(dtype: torch.dtype, precision: str) -> None:
+    """Also above the diagonal, where LAPACK looks at nothing and leaves what was there."""
+    C = moment_of_condition(101, 10).to(dtype)
+    tensors = SpdSolver.factor(C, precision=precision).to_tensors()
+    lower, scale = tensors["lower"], tensors["scale"]
+    eps = 2.0**-24 if precision == "fp32" else 2.0**-53
+    product = lower.double() @ lower.double().T
+    assert torch.equal(lower, lower.tril())
+    assert float((product - scale[:, None] * C.double() * scale).norm()) <= 101 * eps * float(product.norm())
 
 
 def test_the_moment_is_left_as_it_was() -> None:
