@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,3 +131,11 @@ class ReportData:
     settings: Mapping[str, Any] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % interval of a share among the cases, in points, where it is widest: 196 √(¼ / n).
+
+        Cases count, not prompts: those of one case stand or fall together. Infinite without cases.
+        """
+        return 98.0 / math.sqrt(self.cases) if self.cases else math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -66,6 +67,22 @@ def test_every_part_is_there(page):
         assert f'id="{anchor}"' in page
     for words in ("Ada Stone Byron", "rome+rep", "prefers-color-scheme: dark", "native-avx2", "rep-fast demo", "± 0.4"):
         assert words in page
+
+
+@pytest.mark.parametrize("n", [1, 24, 400])
+def test_half_width_is_that_of_the_binomial_at_one_half(n):
+    standard_deviation = (n * 0.5 * 0.5) ** 0.5 / n
+    found = dataclasses.replace(example_report(), cases=n).half_width
+    assert found == pytest.approx(100 * 1.96 * standard_deviation, rel=1e-12)
+
+
+def test_a_page_is_made_without_torch():
+    code = "import sys, rep_fast.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_page_says_how_far_so_few_cases_reach(page):
+    assert "With 40\ncases a share may be off by 15 points (95 % binomial half-width at 50 %)." in page
 
 
 def test_a_page_without_results_has_only_the_run():
