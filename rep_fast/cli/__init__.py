@@ -1,4 +1,8 @@
-"""The command `rep-fast`: parse, call, print. torch is imported by the commands that compute, not by the help."""
+"""The command `rep-fast`: parse, call, print. torch is imported by the commands that compute, not by the help.
+
+Exit status: 0 done; 1 refused or failed, also where a method, metric or layer of that name is unknown; 2 a command line
+that cannot be read: an option missing, malformed, or at odds with another.
+"""
 
 from __future__ import annotations
 

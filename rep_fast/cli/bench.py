@@ -12,6 +12,7 @@ from rich.table import Table
 from rep_fast.cli.options import DebugOption, JsonOption, names
 from rep_fast.cli.screen import Screen, opened
 from rep_fast.cli.writable import check_file
+from rep_fast.errors import HparamError
 
 if TYPE_CHECKING:
     from rep_fast.bench import Ceilings, Row
@@ -30,11 +31,12 @@ def bench(
     debug: DebugOption = False,
 ) -> None:
     """Measure kernels beside their peers, run in turn in one process, as shares of what this machine can do."""
-    if what not in _WHAT:
-        raise typer.BadParameter(f"{what!r} is unknown; choose from {', '.join(_WHAT)}", param_hint="WHAT")
     if what == "ceilings" and (cases is not None or csv is not None):
         raise typer.BadParameter("--cases and --csv go with an op, not with ceilings", param_hint="WHAT")
     with opened(as_json=as_json, debug=debug) as screen:
+        if what not in _WHAT:
+            raise HparamError(f"there is nothing called {what!r} to measure; choose from {', '.join(_WHAT)}")
+
         import torch
 
         if csv is not None:
@@ -58,7 +60,6 @@ def bench(
 
 def _measure(screen: Screen, op: str, chosen: str | None, *, rounds: int, seed: int) -> list[Row]:
     from rep_fast.bench import OPS, measure
-    from rep_fast.errors import HparamError
 
     module = OPS[op]
     wanted = names(chosen or ",".join(case.name for case in module.CASES))

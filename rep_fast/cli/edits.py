@@ -13,7 +13,7 @@ from rep_fast.cli.opening import open_model
 from rep_fast.cli.options import DebugOption, DeviceOption, DtypeOption, JsonOption, ModelOption
 from rep_fast.cli.screen import opened
 from rep_fast.cli.writable import check_file
-from rep_fast.errors import FingerprintError, MissingFileError
+from rep_fast.errors import FingerprintError, HparamError, MissingFileError
 
 if TYPE_CHECKING:
     from rep_fast.edits import Edit, EditStack, ModuleEdit
@@ -204,7 +204,7 @@ def _pushed(place: Path, edits: list[Edit], compose: str | None) -> EditStack:
         stack, rest = EditStack.open(place), edits
     else:
         if compose not in (None, "chain", "argmax", "sum"):
-            raise typer.BadParameter(f"{compose!r} is none of chain, argmax, sum", param_hint="--compose")
+            raise HparamError(f"--compose {compose!r} is unknown; choose from chain, argmax, sum")
         stack, rest = EditStack.create(place, edits[0], compose=compose or "chain"), edits[1:]  # type: ignore[arg-type]
     for edit in rest:
         stack = stack.push(edit)

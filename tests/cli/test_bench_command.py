@@ -51,7 +51,9 @@ def test_unknown_names_are_refused(rep_fast):
         1,
         "error: case 'huge' of whitened_topk is unknown; choose from small, other\n",
     )
-    assert rep_fast("bench", "whitened").code == 2
+    wrong = rep_fast("bench", "whitened")
+    assert wrong.code == 1
+    assert wrong.err.startswith("error: there is nothing called 'whitened' to measure; choose from ceilings, ")
 
 
 def test_options_that_say_nothing_about_ceilings_are_refused(rep_fast, tmp_path):

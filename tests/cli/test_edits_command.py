@@ -79,7 +79,8 @@ def test_stack_ask_and_undo(rep_fast, saved, tiny_model, tmp_path):
 
 def test_mistakes_are_one_sentence(rep_fast, saved, tiny_model, tmp_path):
     place = tmp_path / "stack"
-    assert rep_fast("edits", "stack", place, saved[0], "--compose", "mix").code == 2
+    unknown = rep_fast("edits", "stack", place, saved[0], "--compose", "mix")
+    assert (unknown.code, unknown.err) == (1, "error: --compose 'mix' is unknown; choose from chain, argmax, sum\n")
     assert rep_fast("edits", "stack", place, saved[0]).code == 0
     assert rep_fast("edits", "stack", place, saved[1], "--compose", "sum").code == 2
     for arguments, message in (
