@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ _INK, _FAINT, _PLAIN, _STRONG, _OTHER = "#010203", "#020304", "#030405", "#04050
 _VARIABLES = {_INK: "--ink", _FAINT: "--line", _PLAIN: "--plain", _STRONG: "--strong", _OTHER: "--other"}
 # the light page's values of the variables, for pictures outside a page
 _LIGHT = {"--ink": "#1d2430", "--line": "#dfe3e8", "--plain": "#d9822b", "--strong": "#1f7a8c", "--other": "#98a2b3"}
+_LABEL_WIDTH = 26  # characters of a line
 _KIND_WORDS = {
     "original": "edited prompt",
     "rephrase": "other names",
@@ -74,8 +76,9 @@ def similarity_charts(similarities: Sequence[Similarities]) -> list[tuple[str, s
 
 def _similarity_chart(own: Similarities, baseline: Sequence[float]) -> str:
     figure, axes = _figure(4.4, 1.9)
-    low, high = -0.4, 1.6
-    bins = [low + (high - low) * step / 40 for step in range(41)]
+    # the edited prompt's ρ of 1, give or take rounding, lies in the middle of a bar
+    bins = [(step - 0.5) / 20 for step in range(-8, 34)]
+    low, high = bins[0], bins[-1]
 
     def shown(values: Sequence[float]) -> tuple[list[float], list[float]]:
         # what lies outside is counted in the outermost bar, so that no key disappears
@@ -135,9 +138,9 @@ def layer_chart(layers: Sequence[LayerScores], part: str, edited_layer: int | No
     rows = [[np.nan if score is None else score for score in getattr(own, part)] for own in layers]
     scores = np.array(rows, dtype=float)
     scaled = scores / np.maximum(np.nanmax(np.abs(scores), axis=1, keepdims=True), 1e-30)
-    figure, axes = _figure(4.4, 0.95 + 0.3 * len(layers))
+    figure, axes = _figure(5.0, 0.95 + 0.36 * len(layers))
     mesh = axes.pcolormesh(scaled, cmap="viridis", vmin=0, vmax=1, edgecolor="none")
-    axes.set_yticks([place + 0.5 for place in range(len(layers))], [_shortened(own.label, 22) for own in layers])
+    axes.set_yticks([place + 0.5 for place in range(len(layers))], [_in_lines(own.label) for own in layers])
     axes.invert_yaxis()
     step = max(1, scores.shape[1] // 12)
     ticks = range(0, scores.shape[1], step)
@@ -150,8 +153,9 @@ def layer_chart(layers: Sequence[LayerScores], part: str, edited_layer: int | No
     return _as_svg(figure, f"layers-{part}")
 
 
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _in_lines(label: str) -> str:
+    """A label in two short lines; what does not fit there is cut and says so."""
+    return textwrap.fill(label, _LABEL_WIDTH, max_lines=2, placeholder=" …")
 
 
 def _legend_above(figure: Any, axes: Any, *, columns: int | None = None) -> None:
