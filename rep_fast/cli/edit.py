@@ -34,8 +34,8 @@ from rep_fast.cli.options import (
     SubjectOption,
     TargetOption,
     TextOption,
-    one_layer,
     settings,
+    some_layers,
 )
 from rep_fast.cli.screen import Screen, opened
 from rep_fast.cli.writable import check_file
@@ -73,6 +73,15 @@ def edit(
         Path | None,
         typer.Option("--export-peft", metavar="DIR", help="Also write a LoRA adapter that peft loads; not with --rep."),
     ] = None,
+    answer_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--answer-tokens",
+            min=1,
+            metavar="N",
+            help="Show so many tokens of each answer; default: the target's and two.",
+        ),
+    ] = None,
     text: TextOption = None,
     moments: MomentsOption = None,
     layers: LayersOption = None,
@@ -85,7 +94,7 @@ def edit(
     debug: DebugOption = False,
 ) -> None:
     """Edit one fact and show what the model says before and after, for the prompt, other wordings and neighbours."""
-    layer, overrides = one_layer(layers), settings(set_)
+    layer, overrides = some_layers(layers), settings(set_)
     with opened(as_json=as_json, debug=debug) as screen:
         if save is not None:
             check_file(save, "--save")
@@ -112,13 +121,18 @@ def edit(
             watch.lap("rep")
         made = edits[f"{method}+rep" if objective is not None else method]
         if save is not None:
+            is_new = not save.parent.exists()
             made.save(save)
+            if is_new:
+                screen.say(f"made the directory {save.parent}")
         if export is not None:
             made.export_peft(export, lm)
-        answered = _ask(lm, fact, names, edits, seed)
+        answered = _ask(lm, fact, names, edits, seed, answer_tokens)
         watch.lap("answers")
         rep_report = None if objective is None else _rep_report(made, names)
         _show(screen, answered, rep_report)
+        if answer_tokens is None:
+            screen.show("Answers are cut after the target's length and two tokens; --answer-tokens N shows more.")
         if save is not None:
             screen.show(f"saved to {save}; rep_fast.Edit.load({str(save)!r}).apply(lm) brings it back")
         if export is not None:
@@ -153,7 +167,9 @@ def read_rephrases(path: Path, subject: str) -> list[str]:
     return names
 
 
-def _ask(lm: EditableLM, fact: Fact, names: list[str] | None, edits: Mapping[str, Edit], seed: int) -> EditedFact:
+def _ask(
+    lm: EditableLM, fact: Fact, names: list[str] | None, edits: Mapping[str, Edit], seed: int, n_tokens: int | None
+) -> EditedFact:
     """Answers to the prompt, the names that were given or are known, and a few neighbours."""
     from rep_fast.facts import EditCase, Sided
     from rep_fast.rep import surface_forms
@@ -171,7 +187,7 @@ def _ask(lm: EditableLM, fact: Fact, names: list[str] | None, edits: Mapping[str
         neighborhood_prompts=tuple(known_neighbours(lm, fact, _NEIGHBOURS)),
         subject_rephrases=Sided(trained, unseen),
     )
-    return edited_fact(lm, asked, edits, per_kind=_PER_KIND, seed=seed)
+    return edited_fact(lm, asked, edits, per_kind=_PER_KIND, seed=seed, n_tokens=n_tokens)
 
 
 def _rep_report(made: Edit, names: list[str] | None) -> dict[str, Any]:

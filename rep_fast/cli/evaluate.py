@@ -27,8 +27,8 @@ from rep_fast.cli.options import (
     TextOption,
     names,
     numbers,
-    one_layer,
     settings,
+    some_layers,
 )
 from rep_fast.cli.screen import Screen, opened
 from rep_fast.cli.writable import check_directory
@@ -119,7 +119,7 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Edit record after record, by default each on the clean model, and measure what holds and what is disturbed."""
-    layer, overrides = one_layer(layers), settings(set_)
+    layer, overrides = some_layers(layers), settings(set_)
     chosen_seeds = [seed] if seed is not None else numbers(seeds, "--seeds")
     _check_out(out, resume=resume, keep_edits=keep_edits)
     with opened(as_json=as_json, debug=debug) as screen:

@@ -40,10 +40,10 @@ def open_workbench(
     text: str | None = None,
     preset: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-    layer: int | None = None,
+    layer: int | tuple[int, ...] | None = None,
     moments: Path | None = None,
 ) -> Workbench:
-    """A workbench whose long steps show on the screen.
+    """A workbench whose long steps show on the screen; `layer`: instead of the preset's, or several.
 
     Raises:
         FingerprintError: the file of second moments is another model's. CorruptFileError, MissingFileError: it is
@@ -52,6 +52,8 @@ def open_workbench(
     from rep_fast.api import Workbench
     from rep_fast.stats import SecondMoments
 
+    if isinstance(layer, tuple):  # by the name that editors of one layer can refuse
+        overrides, layer = {**(overrides or {}), "layers": layer}, None
     bench = Workbench(lm, text=text, preset=preset, overrides=overrides, layer=layer, progress=screen.progress)
     if moments is not None:
         bench.use_moments(SecondMoments.load(moments, lm))

@@ -78,6 +78,12 @@ def one_layer(text: str | None) -> int | None:
     return layers[0] if layers else None
 
 
+def some_layers(text: str | None) -> int | tuple[int, ...] | None:
+    """The layer, or the layers in their order, of an option that takes several."""
+    layers = tuple(numbers(text, "--layers"))
+    return layers if len(layers) > 1 else layers[0] if layers else None
+
+
 def settings(pairs: list[str] | None) -> dict[str, str]:
     """`NAME=VALUE` pairs; the values are checked by whoever takes them."""
     found: dict[str, str] = {}

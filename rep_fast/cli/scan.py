@@ -45,7 +45,9 @@ def scan(
     moments: MomentsOption = None,
     layers: LayersOption = None,
     top: Annotated[int, typer.Option("--top", help="Collisions per subject.")] = 10,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Scan only the first so many tokens.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Scan only the first so many tokens; default: all.")
+    ] = None,
     preset: PresetOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -66,7 +68,9 @@ def scan(
         collected = bench.moments([layer])
         watch.lap("moments")
         if tokens is None:
-            screen.say(f"scanning all of {bench.text.name}; --tokens N ends after N tokens")
+            screen.say(
+                f"scanning all of {bench.text.name}, whose length is not known beforehand; --tokens N ends after N"
+            )
         found = scan_corpus(
             lm,
             [case.fact for case in chosen],

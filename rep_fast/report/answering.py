@@ -12,10 +12,18 @@ _END = re.compile(r"[.!?](?=\s|$)|\n")
 _SPARE_TOKENS = 2
 
 
-def answers(lm: EditableLM, prompts: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """One short greedy continuation per prompt, long enough for any of `targets`, through every active edit."""
+def answers(
+    lm: EditableLM, prompts: Sequence[str], targets: Sequence[str], *, n_tokens: int | None = None
+) -> list[str]:
+    """One short greedy continuation per prompt through every active edit, up to its sentence's end.
+
+    Args:
+        targets: the continuations are long enough for any of them.
+        n_tokens: their length, where it is more than that.
+    """
     longest = max((lm.answer("The", target).n_targets for target in targets if target), default=4)
-    return [_continuation(lm, prompt, longest + _SPARE_TOKENS) for prompt in prompts]
+    length = max(longest + _SPARE_TOKENS, n_tokens or 0)
+    return [_continuation(lm, prompt, length) for prompt in prompts]
 
 
 def _continuation(lm: EditableLM, prompt: str, n_tokens: int) -> str:

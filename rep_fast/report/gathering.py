@@ -29,6 +29,7 @@ def edited_fact(
     *,
     per_kind: int = 2,
     seed: int = 0,
+    n_tokens: int | None = None,
 ) -> EditedFact:
     """A case with the model's answers before and under each edit.
 
@@ -36,16 +37,17 @@ def edited_fact(
         edits: column → edit of this case.
         per_kind: prompts of each kind: paraphrases, seen and unseen rephrases, shuffles, neighbours.
         seed: of the shuffles, as the edit's adapter was trained with.
+        n_tokens: length of each answer, see `answers`.
     """
     fact = case.fact
     asked = [(kind, prompt) for kind, prompts in _prompts(lm, case, seed).items() for prompt in prompts[:per_kind]]
     prompts = [prompt for _, prompt in asked]
     targets = [fact.target_new, fact.target_true or "", case.neighborhood_target]
-    before = answers(lm, prompts, targets)
+    before = answers(lm, prompts, targets, n_tokens=n_tokens)
     after: dict[str, list[str]] = {}
     for column, edit in edits.items():
         with edit.applied(lm):
-            after[column] = answers(lm, prompts, targets)
+            after[column] = answers(lm, prompts, targets, n_tokens=n_tokens)
     answered = tuple(
         Answered(
             kind=kind,

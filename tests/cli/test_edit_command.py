@@ -35,6 +35,31 @@ def test_exports_a_lora_adapter(rep_fast, tiny_model, corpus, fact, settings, tm
     assert "leave --rep or --export-peft out" in with_rep.err
 
 
+def test_several_layers_are_edited_or_refused(rep_fast, tiny_model, corpus, fact):
+    command = ["edit", "--model", tiny_model, *fact, "--text", corpus, "--layers", "0,1", "--set", "v_steps=3"]
+    done = rep_fast(*command, "--method", "memit", "--json")
+    assert done.code == 0, done.err
+    assert done.json["layers"] == [0, 1]
+    refused = rep_fast(*command)
+    assert refused.code == 1
+    assert "rome edits one layer, got [0, 1]; name one" in refused.err
+
+
+def test_answers_are_as_long_as_asked(rep_fast, tiny_model, corpus, fact, settings):
+    command = ["edit", "--model", tiny_model, *fact, "--text", corpus, *settings]
+    short, long = rep_fast(*command), rep_fast(*command, "--answer-tokens", "40", "--json")
+    assert "Answers are cut after the target's length and two tokens; --answer-tokens N shows more." in short.out
+    shortly = rep_fast(*command, "--json").json["answers"]
+    assert all(b["before"].startswith(a["before"]) for a, b in zip(shortly, long.json["answers"], strict=True))
+    assert sum(len(one["before"]) for one in long.json["answers"]) > sum(len(one["before"]) for one in shortly)
+
+
+def test_a_directory_that_is_made_is_told_of(rep_fast, tiny_model, corpus, fact, settings, tmp_path):
+    command = ["edit", "--model", tiny_model, *fact, "--text", corpus, *settings, "--save", tmp_path / "new" / "edit"]
+    assert f"made the directory {tmp_path / 'new'}\n" in rep_fast(*command).err
+    assert "made the directory" not in rep_fast(*command).err
+
+
 def test_fine_tuning_needs_no_moments(rep_fast, tiny_model, fact):
     options = ["--method", "ft-m", "--layers", "1", "--set", "ft_steps=2", "--json"]
     done = rep_fast("edit", "--model", tiny_model, *fact, *options)

@@ -142,7 +142,6 @@ def test_the_table_names_every_column(rep_fast, command):
     ("options", "word"),
     [
         (["--seeds", "a"], "whole numbers"),
-        (["--layers", "1,2"], "one"),
         (["--set", "v_steps"], "NAME=VALUE"),
         (["--resume"], "--out"),
         (["--keep-edits"], "--out"),
@@ -162,6 +161,7 @@ def test_usage_errors_have_status_2(rep_fast, command, options, word):
         (["--set", "no_such=1"], "no_such"),
         (["--preset", "nowhere"], "nowhere"),
         (["--layers", "99"], "99"),
+        (["--layers", "1,2"], "rome edits one layer, got [1, 2]; name one"),
         (["--regime", "batch"], "regime 'batch' is unknown; write single, batch:100"),
         (["--regime", "cumulative:0"], "it must be 1 or more"),
         (["--transform", "shrink"], "transform 'shrink' is unknown; write prune, prune:1.2, rect or rect:40"),
