@@ -1,4 +1,4 @@
-"""Builds rep_fast._C by driving CMake; everything else is in pyproject.toml."""
+"""Builds rep_fast._C, and rep_fast._C_cuda where nvcc is, by driving CMake; everything else is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -46,11 +46,16 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DREP_FAST_CUDA={os.environ.get('REP_FAST_CUDA', 'AUTO')}",
+            # for the tests of a checkout, which find it in the build directory; it is not installed
+            f"-DREP_FAST_CUDA_ON_CPU={'ON' if self.editable_mode or self.inplace else 'OFF'}",
         ]  # fmt: skip
         if is_moved(build_dir):
             configure.append("--fresh")
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build_dir)], check=True)
+        for stale in destination.glob("_C_cuda.*"):  # of a build with nvcc, where this one is without
+            if stale.suffix == ".so":
+                stale.unlink()
         subprocess.run([cmake, "--install", str(build_dir), "--prefix", str(destination)], check=True)
 
 

@@ -21,6 +21,10 @@ constexpr std::array<DLPackDType, 6> kDLPackDTypes = {{{dlpack::kDLFloat, 32, DT
                                                        {dlpack::kDLInt, 64, DType::kInt64},
                                                        {dlpack::kDLBool, 8, DType::kBool}}};
 
+const char* place_name(Place place) {
+    return place == Place::kCpu ? "CPU" : "CUDA";
+}
+
 // The table torch publishes on the tensor's type, or null (torch older than the table, another major version).
 const dlpack::DLPackExchangeAPI* exchange_table(const py::object& tensor) {
     const py::object type = py::type::of(tensor);
@@ -47,13 +51,13 @@ std::vector<std::int64_t> row_major_strides(const std::vector<std::int64_t>& sha
 
 }  // namespace
 
-TensorArg::TensorArg(const py::object& tensor, std::string name) : name_(std::move(name)) {
-    if (!borrow_through_dlpack(tensor)) {
-        borrow_through_attributes(tensor);
+TensorArg::TensorArg(const py::object& tensor, std::string name, Place place) : name_(std::move(name)) {
+    if (!borrow_through_dlpack(tensor, place)) {
+        borrow_through_attributes(tensor, place);
     }
 }
 
-bool TensorArg::borrow_through_dlpack(const py::object& tensor) {
+bool TensorArg::borrow_through_dlpack(const py::object& tensor, Place place) {
     const auto* api = exchange_table(tensor);
     if (api == nullptr) {
         return false;
@@ -62,8 +66,11 @@ bool TensorArg::borrow_through_dlpack(const py::object& tensor) {
     if (api->dltensor_from_py_object_no_sync(tensor.ptr(), &borrowed) != 0) {
         throw py::error_already_set();
     }
-    REP_FAST_CHECK(borrowed.device.device_type == dlpack::kDLCPU,
-                   name_ << " lies on device type " << borrowed.device.device_type << "; pass a CPU tensor");
+    const bool is_on_cpu = borrowed.device.device_type == dlpack::kDLCPU;
+    REP_FAST_CHECK(is_on_cpu == (place == Place::kCpu) && (is_on_cpu || borrowed.device.device_type == dlpack::kDLCUDA),
+                   name_ << " lies on device type " << borrowed.device.device_type << "; pass a " << place_name(place)
+                         << " tensor");
+    device_ = borrowed.device.device_id;
     const auto known =
         std::find_if(kDLPackDTypes.begin(), kDLPackDTypes.end(), [&borrowed](const DLPackDType& candidate) {
             return candidate.code == borrowed.dtype.code && candidate.bits == borrowed.dtype.bits;
@@ -80,9 +87,11 @@ bool TensorArg::borrow_through_dlpack(const py::object& tensor) {
     return true;
 }
 
-void TensorArg::borrow_through_attributes(const py::object& tensor) {
+void TensorArg::borrow_through_attributes(const py::object& tensor, Place place) {
     const auto device = tensor.attr("device").attr("type").cast<std::string>();
-    REP_FAST_CHECK(device == "cpu", name_ << " lies on " << device << "; pass a CPU tensor");
+    REP_FAST_CHECK(device == (place == Place::kCpu ? "cpu" : "cuda"),
+                   name_ << " lies on " << device << "; pass a " << place_name(place) << " tensor");
+    device_ = place == Place::kCpu ? 0 : tensor.attr("device").attr("index").cast<int>();
     const auto dtype = py::str(tensor.attr("dtype")).cast<std::string>();
     const auto known = std::find_if(kDLPackDTypes.begin(), kDLPackDTypes.end(), [&dtype](const DLPackDType& candidate) {
         return dtype == std::string("torch.") + dtype_name(candidate.dtype);

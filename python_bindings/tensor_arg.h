@@ -25,13 +25,18 @@ namespace rep_fast::python {
 
 namespace py = pybind11;
 
+// Where a kernel's tensors must lie.
+enum class Place { kCpu, kCuda };
+
 class TensorArg {
   public:
     // Reads shape, strides, dtype and address through torch's DLPack exchange table, or, where torch offers none,
-    // through its Python attributes. Throws Error for a tensor that is not on the CPU or has a dtype not in DType.
-    TensorArg(const py::object& tensor, std::string name);
+    // through its Python attributes. Throws Error for a tensor that lies elsewhere or has a dtype not in DType.
+    TensorArg(const py::object& tensor, std::string name, Place place = Place::kCpu);
 
     DType dtype() const { return dtype_; }
+    // Number of the GPU; 0 on the CPU.
+    int device() const { return device_; }
     std::int64_t size(std::size_t dimension) const { return shape_[dimension]; }
 
     // [rows, cols] with contiguous columns and any row stride.
@@ -51,14 +56,15 @@ class TensorArg {
     }
 
   private:
-    bool borrow_through_dlpack(const py::object& tensor);
-    void borrow_through_attributes(const py::object& tensor);
+    bool borrow_through_dlpack(const py::object& tensor, Place place);
+    void borrow_through_attributes(const py::object& tensor, Place place);
     void check_dtype(DType wanted) const;
     void check_matrix() const;
     void check_vector() const;
 
     std::string name_;
     void* data_ = nullptr;
+    int device_ = 0;
     DType dtype_ = DType::kFloat32;
     std::vector<std::int64_t> shape_;
     std::vector<std::int64_t> strides_;  // in elements

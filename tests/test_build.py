@@ -160,10 +160,25 @@ def test_cuda_asked_for_without_nvcc_says_so(tmp_path: Path) -> None:
     assert "REP_FAST_CUDA=ON, but nvcc was not found" in " ".join(done.stderr.split())
 
 
-def test_cuda_asked_for_with_nvcc_says_there_are_no_sources(tmp_path: Path) -> None:
-    done = _configure(tmp_path, "-DREP_FAST_CUDA=ON", "-DREP_FAST_NVCC=/bin/true")
+def test_cuda_asked_for_with_an_nvcc_that_does_not_work_says_so(tmp_path: Path) -> None:
+    done = _configure(tmp_path, "-DREP_FAST_CUDA=ON", "-DREP_FAST_NVCC=/bin/false")
     assert done.returncode != 0
-    assert "the CUDA kernels of this version are not part of the module yet" in " ".join(done.stderr.split())
+    assert "REP_FAST_CUDA=ON, but /bin/false compiles no program here" in " ".join(done.stderr.split())
+
+
+def test_an_nvcc_that_does_not_work_leaves_the_cuda_kernels_out(tmp_path: Path) -> None:
+    done = _configure(tmp_path, "-DREP_FAST_CUDA=AUTO", "-DREP_FAST_NVCC=/bin/false")
+    assert done.returncode == 0, done.stderr
+    assert "CUDA kernels are left out: /bin/false compiles no program here" in done.stdout
+
+
+def test_the_cuda_module_imports_without_a_driver(module: Any) -> None:
+    found = native.find_cuda()
+    if found.module is None:
+        pytest.skip(found.reason)
+    assert "whitened_topk" in found.module.bodies
+    with pytest.raises(ValueError, match="keys lies on device type 1; pass a CUDA tensor"):
+        found.module.measure_keys(keys=torch.ones(2, 3), first_id=0, norms=None, counters=None, stream=0)
 
 
 def test_an_unknown_cuda_setting_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ struct DLDevice {
     std::int32_t device_id;
 };
 inline constexpr std::int32_t kDLCPU = 1;
+inline constexpr std::int32_t kDLCUDA = 2;
 
 struct DLDataType {
     std::uint8_t code;

@@ -114,6 +114,18 @@ __device__ inline bool is_excluded(const LastTokens& rule, std::int64_t row, std
     return __any_sync(kAllLanes, is_found) != 0;
 }
 
+// Asked by a whole warp; every lane gets the answer.
+__device__ inline bool is_listed(const ListedPairs& pairs, std::int64_t row, std::int64_t query, int lane) {
+    if (pairs.indptr == nullptr) {
+        return false;
+    }
+    bool is_found = false;
+    for (std::int64_t place = pairs.indptr[row] + lane; place < pairs.indptr[row + 1]; place += kLanes) {
+        is_found |= pairs.subjects[place] == query;
+    }
+    return __any_sync(kAllLanes, is_found) != 0;
+}
+
 __device__ inline bool is_better(double score, std::int64_t id, double other, std::int64_t other_id) {
     return score > other || (score == other && id < other_id);
 }
@@ -143,7 +155,8 @@ __device__ void settle(const Selection& selection, SelectionShared& shared, doub
     const float* weights = selection.queries + query * selection.query_stride;
     for (int number = warp; number < shared.n_candidates; number += kWarps) {
         const std::int64_t row = shared.candidates[number].row;
-        const bool is_out = is_excluded(selection.last_token, selection.first_row + row, query, lane);
+        const bool is_out = is_excluded(selection.last_token, selection.first_row + row, query, lane) ||
+                            is_listed(selection.pairs, selection.first_row + row, query, lane);
         double sum = 0.0;
         if (!is_out) {  // the same for all lanes
             const Key* key = keys + row * selection.keys.row_stride;
@@ -217,6 +230,7 @@ __global__ void __launch_bounds__(kThreads) select_hits_kernel(Selection selecti
     if (margin != margin) {
         return;  // the whole block leaves: this query holds a NaN or infinity
     }
+    const double slack = static_cast<double>(selection.query_slacks[query]);
     for (std::int64_t i = threadIdx.x; i < selection.k; i += kThreads) {
         scores[i] = selection.scores[query * selection.k + i];
         ids[i] = selection.ids[query * selection.k + i];
@@ -238,7 +252,7 @@ __global__ void __launch_bounds__(kThreads) select_hits_kernel(Selection selecti
                 const double norm = static_cast<double>(selection.key_norms[first + n]);
                 // in double, so that the comparison adds no error; an approximate NaN (∞ − ∞) survives too
                 const double best = static_cast<double>(approximate[first + n]) + norm * static_cast<double>(margin);
-                survives[n] = norm < kInfinity && !(best < shared.floor);
+                survives[n] = norm < kInfinity && !(best < shared.floor - slack);
             }
             n_survivors += survives[n] ? 1 : 0;
         }
@@ -290,6 +304,11 @@ void measure_keys(const KeyChunk& keys, std::int64_t first_id, const KeyNorms& n
         default:
             REP_FAST_CHECK(false, "keys must be float32, bfloat16 or float16, got " << dtype_name(keys.dtype));
     }
+}
+
+std::int64_t largest_k() {
+    return static_cast<std::int64_t>((kLargestShared - sizeof(SelectionShared)) /
+                                     (sizeof(double) + sizeof(std::int64_t)));
 }
 
 void select_hits(const Selection& selection, void* stream) {

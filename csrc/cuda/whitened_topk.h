@@ -1,9 +1,9 @@
 // The collision scan on a GPU: a library product makes approximate scores of a chunk of keys that stays in L2, and the
 // kernels here turn them into exact hits. See cpu/whitened_topk.h for the contract.
 //
-// Error of an approximate score: ‖k‖ · margin(query), where the caller puts into margin(query) what rounding the query
-// costs, ‖w − ŵ‖, and the product's own accumulation, γ‖w‖. Tensor cores cut off addends instead of rounding them, so γ
-// must allow for two units in the last place per addition.
+// Error of an approximate score: ‖k‖ · margin(query) + slack(query), where the caller puts into margin(query) what
+// rounding the query costs, ‖w − ŵ‖, and the product's own accumulation, γ‖w‖, and into slack(query) what underflows.
+// Tensor cores cut off addends instead of rounding them, so γ must allow for two units in the last place per addition.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +40,12 @@ struct LastTokens {
     std::int64_t window = 0;
 };
 
+// Row p of the block is excluded for the queries subjects[indptr[p]], …, subjects[indptr[p + 1] − 1].
+struct ListedPairs {
+    const std::int64_t* indptr = nullptr;  // [block rows + 1]; nullptr: the rule is off
+    const std::int64_t* subjects = nullptr;
+};
+
 struct Selection {
     KeyChunk keys;
     const float* key_norms = nullptr;    // [n_keys], of `measure_keys`
@@ -50,8 +56,10 @@ struct Selection {
     const float* queries = nullptr;  // [n_queries, key_dim]
     std::int64_t query_stride = 0;
     const float* query_margins = nullptr;  // [n_queries]; NaN: the query is left out
+    const float* query_slacks = nullptr;   // [n_queries]
     std::int64_t n_queries = 0;
     LastTokens last_token = {};
+    ListedPairs pairs = {};
     double* scores = nullptr;     // [n_queries, k], descending, contiguous
     std::int64_t* ids = nullptr;  // [n_queries, k], −1 where there is no hit
     std::int64_t k = 0;
@@ -60,8 +68,11 @@ struct Selection {
 // ‖k‖ of every key, rounded up, and whether it is finite. `first_id` is that of the chunk's row 0.
 void measure_keys(const KeyChunk& keys, std::int64_t first_id, const KeyNorms& norms, void* stream);
 
+// Hits per query that a block's shared memory has room for.
+std::int64_t largest_k();
+
 // Puts every key of the chunk that belongs there into the running top k. The result does not depend on how the stream
-// was cut into chunks. Throws Error for a k whose state does not fit into a block's shared memory (some ten thousand).
+// was cut into chunks. Throws Error for k > largest_k().
 void select_hits(const Selection& selection, void* stream);
 
 }  // namespace rep_fast::cuda

@@ -12,15 +12,22 @@ import torch
 from rep_fast.ops import native
 
 OPS = ("accumulate_moment", "gated_adapter", "kbest_paths", "packed_scores", "spd_solver", "whitened_topk")
+OLDEST_GPU = (8, 0)  # compute capability
 
 
 class Backend(NamedTuple):
-    """The chosen body: `name` is `native-<level>` or `reference`; `module` is None for the plain torch body."""
+    """The chosen body: `name` is `native-<level>`, `cuda-sm<capability>` or `reference`; `module` is None for the plain
+    torch body."""
 
     name: str
     reason: str
     module: ModuleType | None = None
     level: int = 0
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether `module` holds CUDA kernels."""
+        return self.name.startswith("cuda")
 
 
 def choose(op: str, device: torch.device | None = None) -> Backend:
@@ -29,11 +36,13 @@ def choose(op: str, device: torch.device | None = None) -> Backend:
     Raises:
         BackendError: `REP_FAST_ISA` names no instruction set.
     """
+    if device is not None and device.type == "cuda":
+        return _choose_cuda(op, device)
+    if device is not None and device.type != "cpu":
+        return Backend("reference", f"there is no native body for {device.type} tensors")
     found = native.find()
     if found.module is None:
         return Backend("reference", found.reason)
-    if device is not None and device.type != "cpu":
-        return Backend("reference", f"there is no native body for {device.type} tensors")
     bodies = found.module.body_levels
     if op not in bodies:
         return Backend("reference", "this op is plain torch and has no native body")
@@ -46,6 +55,18 @@ def choose(op: str, device: torch.device | None = None) -> Backend:
     return Backend(f"native-{body}", reason, found.module, allowed)
 
 
+def _choose_cuda(op: str, device: torch.device) -> Backend:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < OLDEST_GPU:
+        return Backend("reference", f"this GPU is sm_{major}{minor}, and the CUDA kernels need sm_80 or newer")
+    found = native.find_cuda()
+    if found.module is None:
+        return Backend("reference", found.reason)
+    if op not in found.module.bodies:
+        return Backend("reference", "this op has no CUDA body")
+    return Backend(f"cuda-sm{major}{minor}", "CUDA kernels serve tensors on this GPU", found.module)
+
+
 def choose_or_warn(op: str, device: torch.device | None = None) -> Backend:
     """As `choose`, with a warning (shown once by Python's filter) when the plain torch body has to serve."""
     chosen = choose(op, device)
@@ -54,6 +75,6 @@ def choose_or_warn(op: str, device: torch.device | None = None) -> Backend:
     return chosen
 
 
-def backend() -> dict[str, tuple[str, str]]:
-    """For each op the body that serves CPU tensors now, and why: op → (name, reason)."""
-    return {op: choose(op)[:2] for op in OPS}
+def backend(device: torch.device | str = "cpu") -> dict[str, tuple[str, str]]:
+    """For each op the body that serves tensors on `device` now, and why: op → (name, reason)."""
+    return {op: choose(op, torch.device(device))[:2] for op in OPS}

@@ -1,4 +1,4 @@
-"""The native module: whether it is there, why not, and which instruction set it may use."""
+"""The native modules: whether they are there, why not, and which instruction set they may use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rep_fast.errors import BackendError
 
 
 class Native(NamedTuple):
-    """`rep_fast._C`, or None with the reason it cannot be imported."""
+    """A native module, or None with the reason it cannot be imported."""
 
     module: ModuleType | None
     reason: str
@@ -25,6 +25,24 @@ def find() -> Native:
     except ImportError as error:
         return Native(None, f"rep_fast._C cannot be imported ({error}); build it with: pip install -e .")
     return Native(_C, "rep_fast._C is built")
+
+
+def find_cuda() -> Native:
+    """The module of CUDA kernels, looked for when a tensor on a GPU asks; importing it needs no driver."""
+    try:
+        from rep_fast import _C_cuda
+    except ImportError as error:
+        return Native(
+            None,
+            f"rep_fast._C_cuda cannot be imported ({error}); build it where nvcc is with: "
+            f"REP_FAST_CUDA=ON pip install -e .",
+        )
+    return Native(_C_cuda, "rep_fast._C_cuda is built")
+
+
+def stream_number(device: torch.device) -> int:
+    """The handle of torch's current stream on a GPU, as kernels take it; 0 elsewhere."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def level(module: ModuleType) -> int:

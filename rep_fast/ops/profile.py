@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Call:
@@ -40,12 +42,20 @@ def profile() -> Iterator[list[Call]]:
 
 
 @contextmanager
-def recorded(op: str, backend: str, *, flops: int, bytes: int) -> Iterator[None]:
-    """Time the body of an op and hand the call to the open profile; free of cost when none is open."""
+def recorded(op: str, backend: str, *, flops: int, bytes: int, device: torch.device | None = None) -> Iterator[None]:
+    """Time the body of an op and hand the call to the open profile; free of cost when none is open.
+
+    Only with an open profile is a GPU waited for, before and after.
+    """
     calls = _open_profile.get()
     if calls is None:
         yield
         return
+    is_on_gpu = device is not None and device.type == "cuda"
+    if is_on_gpu:
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     yield
+    if is_on_gpu:
+        torch.cuda.synchronize(device)
     calls.append(Call(op, backend, flops, bytes, time.perf_counter() - start))

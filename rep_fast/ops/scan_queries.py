@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rep_fast.errors import HparamError
 from rep_fast.ops.scan_exclusion import described
+from rep_fast.ops.scan_products import PreparedQueries
 
 
 class ScanQueries:
@@ -31,6 +33,12 @@ class ScanQueries:
             raise HparamError(f"ScanQueries: queries must be (queries, width) float32, got {described(queries)}")
         self._queries = {queries.device: queries.detach().clone(memory_format=torch.contiguous_format)}
         self._packings: Any = None
+        self._prepared: dict[Hashable, PreparedQueries] = {}
+
+    @property
+    def home(self) -> torch.device:
+        """The device they were made on."""
+        return next(iter(self._queries))
 
     def __len__(self) -> int:
         """S."""
@@ -50,3 +58,9 @@ class ScanQueries:
         if self._packings is None:
             self._packings = module.QueryPackings(self.on(torch.device("cpu")))
         return self._packings
+
+    def prepared(self, how: Hashable, prepare: Callable[[], PreparedQueries]) -> PreparedQueries:
+        """What `prepare` makes of the queries for a pass on a GPU, made once for each `how`."""
+        if how not in self._prepared:
+            self._prepared[how] = prepare()
+        return self._prepared[how]

@@ -7,6 +7,7 @@ once, exactly, in memory that does not grow with the stream.
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +16,14 @@ from torch import Tensor, library
 
 from rep_fast.errors import BackendError, HparamError, NonFiniteError
 from rep_fast.ops import native
-from rep_fast.ops.backend import choose, choose_or_warn
+from rep_fast.ops.backend import Backend, choose, choose_or_warn
 from rep_fast.ops.profile import recorded
 from rep_fast.ops.scan_exclusion import LastTokenExclusion, PairExclusion, described
+from rep_fast.ops.scan_on_gpu import scan_on_gpu
+from rep_fast.ops.scan_products import pass_on_gpu, prepare_queries
 from rep_fast.ops.scan_queries import ScanQueries
 from rep_fast.ops.topk_state import PASSES, TopK, sums
+from rep_fast.ops.unread_topk import UnreadTopK, no_counters, with_block
 from rep_fast.reference import whitened_topk as reference
 
 PRECISIONS = ("auto", *PASSES)
@@ -47,12 +51,15 @@ def whitened_topk(
     score[i, j] = keys[j] · queries[i] with queries[i] = C⁻¹k*_i, the whitened similarity of a key and an edit.
     The result is the float64 answer on the numbers as stored: a fast pass only rules pairs out, by a proven bound on
     its own error, and what remains is scored in float64. It has the same bits for any number of threads, any cut of the
-    stream into blocks and any instruction set.
+    stream into blocks and any instruction set; on a GPU the sums' last bits are its own.
+
+    On a GPU nothing waits for the device: what must be refused is raised when the result is first read.
 
     Args:
         keys: [N, M] bfloat16, float16 or float32, a block of the stream; rows may be padded, columns contiguous.
-        queries: [S, M] float32, already whitened, same device; rows may be padded. `ScanQueries` where many blocks are
-            scanned: they are packed once.
+        queries: [S, M] float32, already whitened; rows may be padded. `ScanQueries` where many blocks are scanned: they
+            are packed once. On the keys' device, or on a GPU with keys on the host, which are then copied to it chunk
+            by chunk while others are worked on.
         k: hits per query, k >= 1.
         exclusion: pairs that must not be hits; looked at only for pairs that would be.
         state: the result for the blocks before; not changed.
@@ -62,7 +69,8 @@ def whitened_topk(
             high and low halves (bfloat16 keys and AVX-512 BF16), "int8" in integers, both sides rounded with a random
             dither (AVX-512 VNNI). "auto" takes the fastest on this processor whose error bound, on a sample, lets
             little more through than must be; int8 gives way to the next one when more than 2 % of the pairs come
-            through after all. `TopK.pass_counts` tells what ran.
+            through after all. On a GPU there is no int8, "bf16x2" also takes other keys, in two halves, and "auto" is
+            "bf16", or "bf16x2" for those. `TopK.pass_counts` tells what ran.
         nonfinite: "raise", or "exclude" to leave out and count rows with a NaN or infinity.
         delta: probability, over the draw of the int8 pass's dither, that its bound fails for any pair of a scan of up
             to 2⁴⁰ keys; the other passes' bounds hold always.
@@ -76,33 +84,34 @@ def whitened_topk(
     Cost: one pass over `keys`, 2·N·S·M floating-point operations; memory O(S·(k + M)).
     """
     _check_options(k, first_id, precision, nonfinite, delta, seed)
-    rows = queries.on(keys.device) if isinstance(queries, ScanQueries) else queries
+    rows = _rows_beside(keys, queries)
     _check_matrices(keys, rows)
     before = TopK.empty(rows.shape[0], k, device=rows.device) if state is None else state
     if exclusion is not None:
         exclusion.check_fits(keys.shape[0], rows.shape[0])
     if before.k != k:
         raise HparamError(f"whitened_topk: the state keeps k={before.k} hits, asked for k={k}")
-    work = {
-        "flops": 2 * keys.shape[0] * rows.shape[0] * keys.shape[1],
-        "bytes": keys.numel() * keys.element_size() + rows.numel() * 4 + 2 * before.ids.numel() * 16,
-    }
-    chosen = choose("whitened_topk", keys.device)
-    _check_pass(precision, keys, chosen.name)
+    chosen = _with_room(choose("whitened_topk", rows.device), k)
+    _check_pass(precision, keys, chosen)
+    is_streamed = chosen.is_cuda and keys.device.type == "cpu" and rows.is_cuda
+    if not is_streamed:
+        _check_device(keys, "queries", rows)
+    hits = before.unread if isinstance(before, UnreadTopK) else before
     options: dict[str, Any] = {"first_id": first_id, "precision": precision, "delta": delta, "seed": seed}
     options |= _NO_EXCLUSION | (exclusion.arguments() if exclusion is not None else {})
-    tensors = (keys, rows, before.exact_scores, before.ids)
-    with recorded("whitened_topk", chosen.name, **work):
-        if isinstance(queries, ScanQueries) and chosen.module is not None:
-            # what is kept between calls is no tensor, which is all a custom op takes
-            packings = queries.packings(chosen.module)
-            found = _native_scan(chosen.module, chosen.level, *tensors, **options, packings=packings)
-        else:
-            found = torch.ops.rep_fast.whitened_topk(*tensors, **options)
+    work = {
+        "flops": 2 * keys.shape[0] * rows.shape[0] * keys.shape[1],
+        "bytes": keys.numel() * keys.element_size() + rows.numel() * 4 + 2 * hits.ids.numel() * 16,
+    }
+    with recorded("whitened_topk", chosen.name, device=rows.device, **work):
+        found = _scanned(chosen, keys, queries, rows, hits, options)
+    if chosen.is_cuda:
+        scan_pass = pass_on_gpu(precision, keys.dtype)
+        return _unread(before, found, len(keys), first_id, scan_pass, is_refused=nonfinite == "raise")
     scores, ids, dropped, counts = found
     n_nonfinite, first_nonfinite, _, *passes = counts.tolist()
     if nonfinite == "raise":
-        _check_finite(n_nonfinite, first_nonfinite, first_id, dropped)
+        _check_finite(n_nonfinite, first_id + first_nonfinite, first_nonfinite, dropped)
     return TopK(
         exact_scores=scores,
         ids=ids,
@@ -111,6 +120,68 @@ def whitened_topk(
         dropped_queries=before.dropped_queries | dropped,
         pass_counts=sums(before.pass_counts, passes),
     )
+
+
+def _with_room(chosen: Backend, k: int) -> Backend:
+    """The body itself, or the plain torch one where a state of k hits per query is too large for a GPU's block."""
+    if chosen.is_cuda and chosen.module is not None and k > chosen.module.largest_k:
+        return Backend("reference", f"the CUDA body keeps at most {chosen.module.largest_k} hits per query")
+    return chosen
+
+
+def _rows_beside(keys: Tensor, queries: Tensor | ScanQueries) -> Tensor:
+    """[S, M] the queries: on the keys' device, unless they were made for a GPU and the keys are on the host."""
+    if not isinstance(queries, ScanQueries):
+        return queries
+    is_streamed = keys.device.type == "cpu" and queries.home.type == "cuda"
+    return queries.on(queries.home if is_streamed else keys.device)
+
+
+def _scanned(
+    chosen: Backend,
+    keys: Tensor,
+    queries: Tensor | ScanQueries,
+    rows: Tensor,
+    before: TopK,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the custom op returns; past it where an argument is no tensor on one device, which is all that one takes."""
+    tensors = (keys, rows, before.exact_scores, before.ids)
+    is_kept = isinstance(queries, ScanQueries) and chosen.module is not None
+    if chosen.module is None or not (is_kept or keys.device != rows.device):
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.rep_fast.whitened_topk(*tensors, **options)
+        return found
+    kept = queries if isinstance(queries, ScanQueries) else None
+    if chosen.is_cuda:
+        return _gpu_scan(chosen.module, *tensors, **options, kept=kept)
+    packings = None if kept is None else kept.packings(chosen.module)
+    return _native_scan(chosen.module, chosen.level, *tensors, **options, packings=packings)
+
+
+def _unread(
+    before: TopK,
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    n_keys: int,
+    first_id: int,
+    scan_pass: str,
+    *,
+    is_refused: bool,
+) -> UnreadTopK:
+    """The state after a block on a GPU, which has perhaps not been worked on yet."""
+    scores, ids, dropped, counts = found
+    if isinstance(before, UnreadTopK):
+        hits, counters = before.unread, before.counters
+    else:
+        hits, counters = before, no_counters(scores.device)
+    seen = TopK(
+        exact_scores=scores,
+        ids=ids,
+        n_keys_seen=hits.n_keys_seen + n_keys,
+        n_nonfinite=hits.n_nonfinite,
+        dropped_queries=hits.dropped_queries | dropped,
+        pass_counts=sums(hits.pass_counts, [n_keys * (name == scan_pass) for name in PASSES]),
+    )
+    return UnreadTopK(seen, with_block(counters, counts[0], counts[1], first_id), _check_finite if is_refused else None)
 
 
 _NO_EXCLUSION = dict.fromkeys(
@@ -146,12 +217,34 @@ def _whitened_topk(
         "indptr": indptr,
         "subjects": subjects,
     }
-    chosen = choose_or_warn("whitened_topk", keys.device)
+    chosen = _with_room(choose_or_warn("whitened_topk", keys.device), ids.shape[1])
     options = {"first_id": first_id, "precision": precision, "delta": delta, "seed": seed, **rules}
+    if chosen.module is not None and chosen.is_cuda:
+        return _gpu_scan(chosen.module, keys, queries, scores, ids, **options, kept=None)
     if chosen.module is not None:
         return _native_scan(chosen.module, chosen.level, keys, queries, scores, ids, **options, packings=None)
     _outputs(keys, queries, scores, ids, **options)
     return reference.whitened_topk(keys, queries, scores, ids, first_id=first_id, **rules)
+
+
+def _gpu_scan(
+    module: ModuleType,
+    keys: Tensor,
+    queries: Tensor,
+    scores: Tensor,
+    ids: Tensor,
+    *,
+    kept: ScanQueries | None,
+    precision: str,
+    delta: float,
+    seed: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_beside(queries, scores, ids, options["token_ids"], options["indptr"])
+    scan_pass = pass_on_gpu(precision, keys.dtype)
+    prepare = partial(prepare_queries, queries.detach(), scan_pass, keys.dtype)
+    prepared = prepare() if kept is None else kept.prepared((queries.device, scan_pass, keys.dtype), prepare)
+    return scan_on_gpu(module, keys.detach(), prepared, scores, ids, **options)
 
 
 def _native_scan(
@@ -204,12 +297,8 @@ def _outputs(
     dropped, the first of them (row number or −1), pairs scored in float64, keys that each pass went over.
     """
     _check_matrices(keys, queries)
-    if scores.dim() != 2 or scores.shape != ids.shape or scores.shape[0] != queries.shape[0]:
-        raise HparamError(
-            f"whitened_topk: the state is {tuple(scores.shape)}, but there are {queries.shape[0]} queries"
-        )
-    for name, tensor in (("the state", scores), ("token_ids", token_ids), ("indptr", indptr)):
-        _check_device(keys, name, tensor)
+    _check_device(keys, "queries", queries)
+    _check_beside(queries, scores, ids, token_ids, indptr)
     return (
         torch.empty(scores.shape, dtype=torch.float64, device=keys.device),
         torch.empty(ids.shape, dtype=torch.int64, device=keys.device),
@@ -233,7 +322,17 @@ def _check_matrices(keys: Tensor, queries: Tensor) -> None:
                 f"whitened_topk: columns of {name} must be contiguous, got stride {matrix.stride(1)}; "
                 f"call .contiguous()"
             )
-    _check_device(keys, "queries", queries)
+
+
+def _check_beside(
+    queries: Tensor, scores: Tensor, ids: Tensor, token_ids: Tensor | None, indptr: Tensor | None
+) -> None:
+    if scores.dim() != 2 or scores.shape != ids.shape or scores.shape[0] != queries.shape[0]:
+        raise HparamError(
+            f"whitened_topk: the state is {tuple(scores.shape)}, but there are {queries.shape[0]} queries"
+        )
+    for name, tensor in (("the state", scores), ("token_ids", token_ids), ("indptr", indptr)):
+        _check_device(queries, name, tensor)
 
 
 def _check_device(keys: Tensor, name: str, tensor: Tensor | None) -> None:
@@ -256,25 +355,26 @@ def _check_options(k: int, first_id: int, precision: str, nonfinite: str, delta:
         raise HparamError(f"whitened_topk: seed must lie in [0, 2**63), got {seed}")
 
 
-def _check_pass(precision: str, keys: Tensor, body: str) -> None:
+def _check_pass(precision: str, keys: Tensor, chosen: Backend) -> None:
     needs = ""
-    if precision.startswith("bf16") and (keys.dtype != torch.bfloat16 or body != _DOT_BODY):
+    has_dot_products = chosen.name == _DOT_BODY or chosen.is_cuda
+    if precision == "bf16x2" and chosen.is_cuda:
+        return
+    if precision.startswith("bf16") and (keys.dtype != torch.bfloat16 or not has_dot_products):
         needs = "bfloat16 keys and a processor with AVX-512 BF16"
-    if precision == "int8" and (keys.shape[1] > _LARGEST_INT8_WIDTH or body != _DOT_BODY):
+    if precision == "int8" and (keys.shape[1] > _LARGEST_INT8_WIDTH or chosen.name != _DOT_BODY):
         needs = f"keys at most {_LARGEST_INT8_WIDTH} wide and a processor with AVX-512 BF16 and VNNI"
     if needs:
         raise BackendError(
             f"whitened_topk: precision {precision!r} needs {needs}, here are "
-            f"{str(keys.dtype).removeprefix('torch.')} keys and body {body}; use precision='auto'"
+            f"{str(keys.dtype).removeprefix('torch.')} keys and body {chosen.name}; use precision='auto'"
         )
 
 
-def _check_finite(n_nonfinite: int, first_row: int, first_id: int, dropped: Tensor) -> None:
+def _check_finite(n_nonfinite: int, first_bad_id: int, row: int, dropped: Tensor) -> None:
     remedy = "fix the input or pass nonfinite='exclude'"
     if n_nonfinite:
-        raise NonFiniteError(
-            f"whitened_topk: keys hold a NaN or infinity in row {first_row} (id {first_id + first_row}); {remedy}"
-        )
+        raise NonFiniteError(f"whitened_topk: keys hold a NaN or infinity in row {row} (id {first_bad_id}); {remedy}")
     if bool(dropped.any()):
         row = int(dropped.nonzero()[0])
         raise NonFiniteError(f"whitened_topk: queries hold a NaN or infinity in row {row}; {remedy}")

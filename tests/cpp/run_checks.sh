@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Checks of the native library that pytest cannot make: symbols of the objects built for wide instruction sets, the
-# test program under emulated processors, and under the sanitizers.
+# test program under emulated processors, and under the sanitizers, the CUDA kernels through nvcc.
 #
 #   tests/cpp/run_checks.sh [build directory, default build/checks]
 #
-# Needs cmake >= 3.26, ninja and nm (binutils); runs on emulated processors where qemu-x86_64 is (Debian: qemu-user).
+# Needs cmake >= 3.26, ninja and nm (binutils); runs on emulated processors where qemu-x86_64 is (Debian: qemu-user),
+# compiles the CUDA kernels where nvcc is, and looks at their machine code where cuobjdump is, too.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 build=${1:-$root/build/checks}
@@ -16,7 +17,7 @@ configure() { # directory, options…
     local directory=$1
     shift
     cmake -S "$root" -B "$directory" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" \
-        -DREP_FAST_PYTHON=OFF -DREP_FAST_TESTS=ON "$@" >/dev/null
+        -DREP_FAST_PYTHON=OFF -DREP_FAST_CUDA=OFF -DREP_FAST_TESTS=ON "$@" >/dev/null
     cmake --build "$directory"
 }
 
@@ -59,6 +60,34 @@ if command -v qemu-x86_64 >/dev/null; then
     qemu-x86_64 -cpu qemu64 "$build/release/rep_fast_tests" portable
 else
     echo "-- not run on emulated processors: qemu-x86_64 is not installed"
+fi
+
+# Every kernel for every architecture, once each; warnings are errors. A kernel that spills registers works, but at a
+# fraction of its speed: LDL and STL are the instructions of local memory.
+check_cuda() { # directory
+    local object found failed=0
+    cmake -S "$root" -B "$1" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" -DREP_FAST_PYTHON=OFF \
+        -DREP_FAST_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real;90a-real" >/dev/null
+    cmake --build "$1" --target rep_fast_cuda
+    echo "cuda: compiled for sm_80, sm_90 and sm_90a"
+    if ! command -v cuobjdump >/dev/null; then
+        echo "-- machine code of the CUDA kernels not looked at: cuobjdump is not installed"
+        return 0
+    fi
+    while IFS= read -r object; do
+        found=$(cuobjdump -sass "$object" | awk '/Function :/ { name = $3 } / (LDL|STL)[. ]/ { print name }' | sort -u)
+        if [ -n "$found" ]; then
+            echo "$(basename "$object") uses local memory in: $found" >&2
+            failed=1
+        fi
+    done < <(find "$1" -name '*.cu.o')
+    [ $failed = 0 ] && echo "cuda: no kernel uses local memory"
+}
+
+if command -v nvcc >/dev/null; then
+    check_cuda "$build/cuda"
+else
+    echo "-- CUDA kernels not compiled: nvcc is not installed"
 fi
 
 echo "-- with sanitizers"

@@ -1,5 +1,6 @@
 #include "executor.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -55,7 +56,9 @@ struct PendingCopy {
 enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Fiber {
-    ucontext_t context{};
+    ucontext_t context{};  // where it begins
+    jmp_buf resume{};      // where it goes on: swapcontext would make a system call each time
+    bool has_begun = false;
     GuardedPages stack{kStackBytes};
     Dim3 index;
     unsigned number = 0;  // within the block
@@ -79,7 +82,7 @@ struct Block {
     std::vector<std::vector<unsigned char>> warp_slots;  // per warp, what its lanes have put down
     std::array<bool, 2> votes{};                         // of block_any: one is filled while the other is read
     std::size_t open_vote = 0;
-    ucontext_t scheduler{};
+    jmp_buf scheduler{};
     Fiber* current = nullptr;
 };
 
@@ -91,6 +94,23 @@ Block& here() {
         throw ExecutionError("a device function was called outside a kernel");
     }
     return *running;
+}
+
+void go_on_with(Block& block, Fiber& fiber) {
+    if (_setjmp(block.scheduler) != 0) {
+        return;
+    }
+    if (fiber.has_begun) {
+        _longjmp(fiber.resume, 1);
+    }
+    fiber.has_begun = true;
+    setcontext(&fiber.context);
+}
+
+void back_to_scheduler(Block& block, Fiber& fiber) {
+    if (_setjmp(fiber.resume) == 0) {
+        _longjmp(block.scheduler, 1);
+    }
 }
 
 void run_current_fiber() {
@@ -105,14 +125,14 @@ void run_current_fiber() {
         fiber.thrown = std::current_exception();
     }
     fiber.state = State::kDone;
-    swapcontext(&fiber.context, &block.scheduler);
+    back_to_scheduler(block, fiber);
 }
 
 void wait_in(State state) {
     Block& block = here();
     Fiber& fiber = *block.current;
     fiber.state = state;
-    swapcontext(&fiber.context, &block.scheduler);
+    back_to_scheduler(block, fiber);
 }
 
 Fiber& fiber_at(const Block& block, std::size_t number) {
@@ -188,6 +208,7 @@ void prepare_fiber(Block& block, std::size_t number) {
     fiber.index = Dim3(static_cast<unsigned>(number) % width, static_cast<unsigned>(number) / width % height,
                        static_cast<unsigned>(number) / (width * height));
     fiber.state = State::kReady;
+    fiber.has_begun = false;
     fiber.open_copies.clear();
     fiber.committed_copies.clear();
     fiber.thrown = nullptr;
@@ -212,7 +233,7 @@ void run_block(Block& block) {
             ready[place] = ready.back();
             ready.pop_back();
             block.current = &fiber;
-            swapcontext(&block.scheduler, &fiber.context);
+            go_on_with(block, fiber);
             block.current = nullptr;
             if (fiber.thrown) {
                 std::rethrow_exception(fiber.thrown);

@@ -126,7 +126,7 @@ Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margi
     Found found;
     found.scores.assign(static_cast<std::size_t>(input.n_queries * input.k), -kInfinity);
     found.ids.assign(static_cast<std::size_t>(input.n_queries * input.k), -1);
-    std::vector<float> margins;
+    std::vector<float> margins, slacks(static_cast<std::size_t>(input.n_queries), 0.0f);
     for (std::int64_t query = 0; query < input.n_queries; ++query) {
         double square = 0.0;
         for (std::int64_t j = 0; j < input.key_dim; ++j) {
@@ -162,6 +162,7 @@ Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margi
         selection.queries = input.queries.data();
         selection.query_stride = input.key_dim;
         selection.query_margins = margins.data();
+        selection.query_slacks = slacks.data();
         selection.n_queries = input.n_queries;
         selection.scores = found.scores.data();
         selection.ids = found.ids.data();
@@ -228,7 +229,7 @@ void test_approximate_scores_may_be_nan_or_infinite() {
     Scan input(200, 1, 6, 5, 11);
     std::vector<float> approximate(200, std::numeric_limits<float>::quiet_NaN());
     approximate[3] = std::numeric_limits<float>::infinity();
-    std::vector<float> norms(200), margins{1.0f};
+    std::vector<float> norms(200), margins{1.0f}, slacks{0.0f};
     Found found;
     found.scores.assign(5, -kInfinity);
     found.ids.assign(5, -1);
@@ -243,6 +244,7 @@ void test_approximate_scores_may_be_nan_or_infinite() {
     selection.queries = input.queries.data();
     selection.query_stride = 6;
     selection.query_margins = margins.data();
+    selection.query_slacks = slacks.data();
     selection.n_queries = 1;
     selection.scores = found.scores.data();
     selection.ids = found.ids.data();

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cuda_bodies import needs_gpu, serve_by_executor
 from scan_checks import FORCED, bodies
 from torch import Tensor
 
@@ -65,6 +66,11 @@ def scan_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     name, _, forced = request.param.partition(" ")
     if name == "reference":
         monkeypatch.setattr(native, "find", lambda: native.Native(None, "the test hides it"))
+    elif name == "cuda":
+        needs_gpu()
+        monkeypatch.setitem(FORCED, "device", "cuda")
+    elif name == "cuda-on-cpu":
+        serve_by_executor(monkeypatch, "whitened_topk")
     else:
         monkeypatch.setenv("REP_FAST_ISA", name)
     monkeypatch.setitem(FORCED, "bfloat16", forced or "auto")

@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rep_fast import backend, ops
-from rep_fast.ops import LastTokenExclusion, TopK, native
+from rep_fast.ops import LastTokenExclusion, PairExclusion, TopK, native
+from rep_fast.ops.unread_topk import UnreadTopK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# what "auto" stands for with bfloat16 keys: the choice by speed would leave passes out on some machines
-FORCED = {"bfloat16": "auto"}
+# what "auto" stands for with bfloat16 keys: the choice by speed would leave passes out on some machines; and the device
+# that tensors are moved to
+FORCED = {"bfloat16": "auto", "device": "cpu"}
 
 
 def whitened_topk(keys: Tensor, queries: Tensor, k: int, *, precision: str = "auto", **options: Any) -> TopK:
+    """The op on the device of the body under test; its result is on the CPU, read at once."""
     if precision == "auto" and keys.dtype == torch.bfloat16:
         precision = FORCED["bfloat16"]
-    return ops.whitened_topk(keys, queries, k, precision=precision, **options)
+    if FORCED["device"] != "cpu":
+        keys, queries = _moved(keys), _moved(queries)
+        options = {name: _moved(option) for name, option in options.items()}
+    found = ops.whitened_topk(keys, queries, k, precision=precision, **options)
+    if not isinstance(found, UnreadTopK):
+        return found
+    return TopK.from_tensors({name: tensor.cpu() for name, tensor in found.to_tensors().items()})
+
+
+def _moved(value: Any) -> Any:
+    """On the device, tensors with their strides."""
+    if isinstance(value, Tensor):
+        n_stored = value.untyped_storage().nbytes() // value.element_size()
+        stored = value.as_strided((n_stored,), (1,), 0).to(FORCED["device"])
+        return stored.as_strided(value.shape, value.stride(), value.storage_offset())
+    if isinstance(value, LastTokenExclusion | PairExclusion):
+        return type(value)(**{field.name: _moved(getattr(value, field.name)) for field in fields(value)})
+    if isinstance(value, TopK):
+        return TopK.from_tensors({name: t if "counts" in name else _moved(t) for name, t in value.to_tensors().items()})
+    return value
 
 
 def bodies() -> list[str]:
-    """Every level, every pass of bfloat16 products where the machine has them, and plain torch."""
+    """Every level, every pass of bfloat16 products where the machine has them, the GPU's body, and plain torch."""
+    return [*_cpu_bodies(), "cuda", "cuda-on-cpu"]
+
+
+def _cpu_bodies() -> list[str]:
     module = native.find().module
     if module is None:
         return ["reference"]
@@ -92,5 +119,5 @@ def brute_force(rule: LastTokenExclusion, n: int) -> Tensor:
 
 
 def has_dot_products() -> bool:
-    """Whether the level in use multiplies bfloat16 and int8."""
+    """Whether the level in use multiplies bfloat16 and int8 on the CPU."""
     return backend()["whitened_topk"][0] == "native-avx512_bf16"

@@ -21,6 +21,21 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 inline constexpr cudaError_t cudaSuccess = 0;
 
+// One device, the executor.
+inline const char* cudaGetErrorName(cudaError_t) {
+    return "cudaSuccess";
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+    return "no error";
+}
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
+
 #define threadIdx (::cuda_on_cpu::thread_index())
 #define blockIdx (::cuda_on_cpu::block_index())
 #define blockDim (::cuda_on_cpu::block_size())

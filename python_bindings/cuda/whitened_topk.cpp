@@ -1,0 +1,96 @@
+#include "cuda/whitened_topk.h"
+
+#include "core/matrix_view.h"
+#include "cuda/bindings.h"
+#include "cuda/device_args.h"
+
+namespace rep_fast::python {
+namespace {
+
+template <class Key>
+cuda::KeyChunk chunk_of(const TensorArg& keys) {
+    const auto view = keys.matrix<const Key>();
+    return {view.data, keys.dtype(), view.rows, view.cols, view.row_stride};
+}
+
+cuda::KeyChunk chunk_arg(DeviceArgs& args, const py::object& tensor) {
+    const TensorArg keys = args.take(tensor, "keys");
+    switch (keys.dtype()) {
+        case DType::kFloat32:
+            return chunk_of<float>(keys);
+        case DType::kBFloat16:
+            return chunk_of<BFloat16>(keys);
+        case DType::kFloat16:
+            return chunk_of<Float16>(keys);
+        default:
+            throw Error(std::string("keys must be float32, bfloat16 or float16, got ") + dtype_name(keys.dtype()));
+    }
+}
+
+std::int64_t length(const py::object& tensor) {
+    return tensor.is_none() ? 0 : tensor.attr("numel")().cast<std::int64_t>();
+}
+
+void measure_keys(const py::object& keys, std::int64_t first_id, const py::object& norms, const py::object& counters,
+                  std::uintptr_t stream) {
+    DeviceArgs args;
+    const cuda::KeyChunk chunk = chunk_arg(args, keys);
+    auto* const counts = args.vector<std::int64_t>(counters, "counters");
+    const cuda::KeyNorms found = {args.vector<float>(norms, "norms"), counts, counts + 1};
+    const Launching launching(args);
+    cuda::measure_keys(chunk, first_id, found, stream_arg(stream));
+}
+
+void select_hits(const py::object& keys, const py::object& norms, std::int64_t first_row, std::int64_t first_id,
+                 const py::object& approximate, const py::object& queries, const py::object& margins,
+                 const py::object& slacks, const py::object& token_ids, const py::object& sequence_starts,
+                 const py::object& last_tokens, const py::object& lookback, std::int64_t window,
+                 const py::object& indptr, const py::object& subjects, const py::object& scores, const py::object& ids,
+                 std::uintptr_t stream) {
+    DeviceArgs args;
+    cuda::Selection selection;
+    selection.keys = chunk_arg(args, keys);
+    selection.key_norms = args.vector<const float>(norms, "norms");
+    selection.first_row = first_row;
+    selection.first_id = first_id;
+    const auto products = args.take(approximate, "approximate").matrix<const float>();
+    selection.approximate = products.data;
+    selection.approximate_stride = products.row_stride;
+    const auto weights = args.take(queries, "queries").matrix<const float>();
+    selection.queries = weights.data;
+    selection.query_stride = weights.row_stride;
+    selection.n_queries = weights.rows;
+    selection.query_margins = args.vector<const float>(margins, "margins");
+    selection.query_slacks = args.vector<const float>(slacks, "slacks");
+    selection.last_token = {.token_ids = args.optional_vector<const std::int64_t>(token_ids, "token_ids"),
+                            .sequence_starts = args.optional_vector<const std::int64_t>(sequence_starts, "starts"),
+                            .n_sequences = length(sequence_starts),
+                            .last_tokens = args.optional_vector<const std::int64_t>(last_tokens, "last_tokens"),
+                            .lookback = args.optional_vector<const std::int64_t>(lookback, "lookback"),
+                            .n_lookback = length(lookback),
+                            .window = window};
+    selection.pairs = {.indptr = args.optional_vector<const std::int64_t>(indptr, "indptr"),
+                       .subjects = args.optional_vector<const std::int64_t>(subjects, "subjects")};
+    const auto best = args.take(scores, "scores").matrix<double>();
+    selection.scores = best.data;
+    selection.ids = args.take(ids, "ids").matrix<std::int64_t>().data;
+    selection.k = best.cols;
+    const Launching launching(args);
+    cuda::select_hits(selection, stream_arg(stream));
+}
+
+}  // namespace
+
+void bind_cuda_whitened_topk(py::module_& m) {
+    m.attr("bodies").cast<py::list>().append("whitened_topk");
+    m.attr("largest_k") = cuda::largest_k();
+    m.def("measure_keys", &measure_keys, py::kw_only(), py::arg("keys"), py::arg("first_id"), py::arg("norms"),
+          py::arg("counters"), py::arg("stream"));
+    m.def("select_hits", &select_hits, py::kw_only(), py::arg("keys"), py::arg("norms"), py::arg("first_row"),
+          py::arg("first_id"), py::arg("approximate"), py::arg("queries"), py::arg("margins"), py::arg("slacks"),
+          py::arg("token_ids"), py::arg("sequence_starts"), py::arg("last_tokens"), py::arg("lookback"),
+          py::arg("window"), py::arg("indptr"), py::arg("subjects"), py::arg("scores"), py::arg("ids"),
+          py::arg("stream"));
+}
+
+}  // namespace rep_fast::python
