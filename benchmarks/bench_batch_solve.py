@@ -4,8 +4,9 @@
 
 Providers `rep_fast` (`editors/least_squares.py`, the factor of C or the basis of its null space made beforehand, once
 per model) and `dense` (float64 systems of methods §5.3 and §5.6, solved as the references do) run in turn on the same
-keys; ΔW is compared before anything is timed. `--past` adds that many keys of earlier edits. Keys and C are synthetic,
-with the structure real ones have: scales over one and a half decades, directions that many keys share.
+keys; ΔW is compared before anything is timed. `--past` adds that many keys of earlier edits. `--precision fp64` keeps a
+float64 factor of C, which needs no refinement and twice the memory; editors keep float32 ones. Keys and C are
+synthetic, with the structure real ones have: scales over one and a half decades, directions that many keys share.
 """
 
 from __future__ import annotations
@@ -75,12 +76,12 @@ class Problem:
         return 0.0 if self.past is None else self.past @ self.past.T
 
 
-def providers(problem: Problem, method: str) -> dict[str, Callable[[], Tensor]]:
+def providers(problem: Problem, method: str, precision: str) -> dict[str, Callable[[], Tensor]]:
     """Both ways to ΔW [D, M]; what is made once per model is made here."""
     width, keys, residuals = len(problem.keys), problem.keys, problem.residuals
     if method == "memit":
         weight = LAMBDA_PER_WIDTH * width
-        solver = SpdSolver.factor(problem.second_moment, precision="fp32")
+        solver = SpdSolver.factor(problem.second_moment, precision=precision)
         whiten = partial(solver.solve, forward_error=WHITENING_ERROR)  # as the editors do
         moment, past = problem.second_moment.double(), problem.gram_of_past
 
@@ -108,9 +109,9 @@ def providers(problem: Problem, method: str) -> dict[str, Callable[[], Tensor]]:
     return {"rep_fast": projected, "dense": unsymmetric}
 
 
-def interleaved(width: int, method: str, n_past: int, rounds: int) -> None:
+def interleaved(width: int, method: str, n_past: int, rounds: int, precision: str) -> None:
     """A, B, A, B …: medians, and the median and spread of the pairwise ratios."""
-    runs = providers(Problem.random(width, n_past), method)
+    runs = providers(Problem.random(width, n_past), method, precision)
     one, other = (run() for run in runs.values())
     difference = float((one - other).norm() / other.norm())
     del one, other
@@ -122,9 +123,10 @@ def interleaved(width: int, method: str, n_past: int, rounds: int) -> None:
             run()
             seconds[name].append(time.perf_counter() - begin)
     ratios = sorted(dense / ours for ours, dense in zip(seconds["rep_fast"], seconds["dense"], strict=True))
-    ours, dense = (statistics.median(seconds[name]) for name in runs)
+    ours, dense = (statistics.median(seconds[provider]) for provider in runs)
+    name = f"{method} ({precision} factor)" if method == "memit" else method
     print(
-        f"{method} M = {width}, {N_EDITS} edits, {n_past} past keys: rep_fast {ours:.3f} s, dense {dense:.3f} s, "
+        f"{name} M = {width}, {N_EDITS} edits, {n_past} past keys: rep_fast {ours:.3f} s, dense {dense:.3f} s, "
         f"median ratio {statistics.median(ratios):.1f} ({ratios[0]:.1f}–{ratios[-1]:.1f}), "
         f"ΔW differs by {difference:.1e}, {torch.get_num_threads()} thread(s)",
         flush=True,
@@ -137,11 +139,12 @@ def main() -> None:
     parser.add_argument("--method", choices=["memit", "alphaedit"], action="append")
     parser.add_argument("--past", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=["fp32", "fp64"], default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for method in arguments.method or ("memit", "alphaedit"):
-        interleaved(arguments.width, method, arguments.past, arguments.rounds)
+        interleaved(arguments.width, method, arguments.past, arguments.rounds, arguments.precision)
 
 
 if __name__ == "__main__":

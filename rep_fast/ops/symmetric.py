@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rep_fast.errors import HparamError, NonFiniteError
 
-# rows of C that are looked at together
-_TILE_ROWS = 512
+# rows and columns of C that are looked at together: a tile and its mirror image (512 KB) stay in the second-level cache
+_TILE_ROWS = 256
 # entries C_ij and C_ji of a symmetric product may differ by the rounding of its summation
 _ASYMMETRY = {torch.float32: 1e-4, torch.float64: 1e-8}
 
