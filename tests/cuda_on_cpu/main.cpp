@@ -10,6 +10,8 @@ int main(int argc, char** argv) {
         return 0;
     }
     test_executor();
+    test_gated_adapter();
+    test_number();
     test_whitened_topk();
     std::printf("cuda on cpu: passed\n");
     return 0;

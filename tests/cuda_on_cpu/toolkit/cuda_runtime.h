@@ -15,8 +15,12 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
+#define __grid_constant__
 
 using dim3 = cuda_on_cpu::Dim3;
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 using cudaStream_t = void*;
 using cudaError_t = int;
 inline constexpr cudaError_t cudaSuccess = 0;
