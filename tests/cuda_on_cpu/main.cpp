@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
     test_executor();
     test_gated_adapter();
     test_number();
+    test_packed_scores();
     test_whitened_topk();
     std::printf("cuda on cpu: passed\n");
     return 0;
