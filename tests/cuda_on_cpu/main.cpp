@@ -10,6 +10,7 @@ int main(int argc, char** argv) {
         return 0;
     }
     test_executor();
+    test_accumulate_moment();
     test_gated_adapter();
     test_number();
     test_packed_scores();

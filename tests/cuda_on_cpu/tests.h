@@ -1,6 +1,7 @@
 // One function per test file, called by main.cpp.
 #pragma once
 
+void test_accumulate_moment();
 void test_executor();
 void test_gated_adapter();
 void test_number();
