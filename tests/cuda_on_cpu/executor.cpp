@@ -45,6 +45,8 @@ class GuardedPages {
 };
 
 constexpr std::size_t kStackBytes = 128 * 1024;
+// Blocks that are under way at once; more of them would show nothing else.
+constexpr std::size_t kResidentBlocks = 3;
 constexpr std::size_t kSharedAlignment = 128;  // what TMA and 128-byte swizzles need
 
 struct PendingCopy {
@@ -79,6 +81,7 @@ struct Block {
     const std::function<void()>* body = nullptr;
     std::vector<std::unique_ptr<Fiber>>* fibers = nullptr;
     std::size_t n_threads = 0;
+    std::vector<std::size_t> ready;                      // threads that can go on
     std::vector<std::vector<unsigned char>> warp_slots;  // per warp, what its lanes have put down
     std::array<bool, 2> votes{};                         // of block_any: one is filled while the other is read
     std::size_t open_vote = 0;
@@ -219,49 +222,90 @@ void prepare_fiber(Block& block, std::size_t number) {
     makecontext(&fiber.context, run_current_fiber, 0);
 }
 
-void run_block(Block& block) {
-    std::vector<std::size_t> ready;
+void begin_block(Block& block) {
+    block.ready.clear();
     for (std::size_t n = 0; n < block.n_threads; ++n) {
         prepare_fiber(block, n);
-        ready.push_back(n);
+        block.ready.push_back(n);
     }
     block.warp_slots.assign((block.n_threads + kWarpSize - 1) / kWarpSize, {});
-    while (true) {
-        while (!ready.empty()) {
-            const std::size_t place = random_order() % ready.size();
-            Fiber& fiber = fiber_at(block, ready[place]);
-            ready[place] = ready.back();
-            ready.pop_back();
-            block.current = &fiber;
-            go_on_with(block, fiber);
-            block.current = nullptr;
-            if (fiber.thrown) {
-                std::rethrow_exception(fiber.thrown);
-            }
-            if (fiber.state == State::kAtWarpBarrier && release_warp_barrier_of(block, fiber)) {
-                for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-                    if (fiber.mask >> lane & 1u) {
-                        ready.push_back(std::size_t{fiber.warp()} * kWarpSize + lane);
-                    }
-                }
-            }
-        }
-        if (release_block_barrier(block)) {
-            for (std::size_t n = 0; n < block.n_threads; ++n) {
-                if (fiber_at(block, n).state == State::kReady) {
-                    ready.push_back(n);
-                }
-            }
-            continue;
-        }
-        for (std::size_t n = 0; n < block.n_threads; ++n) {
-            if (fiber_at(block, n).state != State::kDone) {
-                throw ExecutionError(describe_waiting(block));
-            }
-        }
-        return;
-    }
 }
+
+// When nobody is ready: lets everybody pass a barrier, or finds that the block is done.
+bool pass_barrier(Block& block) {
+    if (release_block_barrier(block)) {
+        for (std::size_t n = 0; n < block.n_threads; ++n) {
+            if (fiber_at(block, n).state == State::kReady) {
+                block.ready.push_back(n);
+            }
+        }
+        return true;
+    }
+    for (std::size_t n = 0; n < block.n_threads; ++n) {
+        if (fiber_at(block, n).state != State::kDone) {
+            throw ExecutionError(describe_waiting(block));
+        }
+    }
+    return false;
+}
+
+// Runs one thread up to where it waits; false when the block is done.
+bool advance(Block& block) {
+    if (block.ready.empty() && !pass_barrier(block)) {
+        return false;
+    }
+    const std::size_t place = random_order() % block.ready.size();
+    Fiber& fiber = fiber_at(block, block.ready[place]);
+    block.ready[place] = block.ready.back();
+    block.ready.pop_back();
+    running = &block;
+    block.current = &fiber;
+    go_on_with(block, fiber);
+    block.current = nullptr;
+    if (fiber.thrown) {
+        std::rethrow_exception(fiber.thrown);
+    }
+    if (fiber.state == State::kAtWarpBarrier && release_warp_barrier_of(block, fiber)) {
+        for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+            if (fiber.mask >> lane & 1u) {
+                block.ready.push_back(std::size_t{fiber.warp()} * kWarpSize + lane);
+            }
+        }
+    }
+    return true;
+}
+
+// A place for a block: its shared memory and its threads' stacks, which are kept from launch to launch.
+struct Resident {
+    Block block;
+    GuardedPages pages;
+
+    // the end of what was asked for lies at the unreadable page, as near as the alignment of its begin allows
+    Resident(std::size_t number, const std::string& kernel, Dim3 grid, Dim3 shape, std::size_t shared_bytes,
+             const std::function<void()>& body)
+        : pages(std::max<std::size_t>(shared_bytes, 1)) {
+        static std::array<std::vector<std::unique_ptr<Fiber>>, kResidentBlocks> fibers;
+        while (fibers[number].size() < shape.count()) {
+            fibers[number].push_back(std::make_unique<Fiber>());
+        }
+        block.kernel = kernel;
+        block.grid = grid;
+        block.block = shape;
+        block.shared = pages.end() - (shared_bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+        block.body = &body;
+        block.fibers = &fibers[number];
+        block.n_threads = shape.count();
+    }
+
+    void begin(std::size_t n) {
+        const Dim3 grid = block.grid;
+        block.index = Dim3(static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
+                           static_cast<unsigned>(n / (std::size_t{grid.x} * grid.y)));
+        // ones are a NaN in every floating type, which hides where a NaN is harmless: zeros then show it
+        std::memset(pages.begin(), random_order() % 2 == 0 ? 0xff : 0, pages.size());
+        begin_block(block);
+    }
+};
 
 void check_launch(const std::string& name, Dim3 grid, Dim3 block, std::size_t shared_bytes) {
     std::ostringstream problem;
@@ -295,37 +339,36 @@ void run_grid(const std::string& name, Dim3 grid, Dim3 block_shape, std::size_t 
         throw ExecutionError(name + ": a kernel was launched from inside a kernel");
     }
     check_launch(name, grid, block_shape, shared_bytes);
-    static std::vector<std::unique_ptr<Fiber>> fibers;  // stacks are kept from launch to launch
-    while (fibers.size() < block_shape.count()) {
-        fibers.push_back(std::make_unique<Fiber>());
-    }
-    // the end of what was asked for lies at the unreadable page, as near as the alignment of its begin allows
-    const std::size_t rounded = (shared_bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
-    const GuardedPages shared(std::max<std::size_t>(rounded, 1));
     std::vector<std::size_t> order(grid.count());
     for (std::size_t n = 0; n < order.size(); ++n) {
         order[n] = n;
     }
     std::shuffle(order.begin(), order.end(), random_order);
 
-    Block block;
-    block.kernel = name;
-    block.grid = grid;
-    block.block = block_shape;
-    block.shared = shared.end() - rounded;
-    block.body = &body;
-    block.fibers = &fibers;
-    block.n_threads = block_shape.count();
-    running = &block;
+    std::vector<std::unique_ptr<Resident>> residents;
+    for (std::size_t n = 0; n < std::min(kResidentBlocks, order.size()); ++n) {
+        residents.push_back(std::make_unique<Resident>(n, name, grid, block_shape, shared_bytes, body));
+    }
     struct Finally {
         ~Finally() { running = nullptr; }
     } const finally;
-    for (const std::size_t n : order) {
-        block.index = Dim3(static_cast<unsigned>(n % grid.x), static_cast<unsigned>(n / grid.x % grid.y),
-                           static_cast<unsigned>(n / (std::size_t{grid.x} * grid.y)));
-        // ones are a NaN in every floating type, which hides where a NaN is harmless: zeros then show it
-        std::memset(shared.begin(), random_order() % 2 == 0 ? 0xff : 0, shared.size());
-        run_block(block);
+    std::size_t n_begun = 0;
+    for (const auto& resident : residents) {
+        resident->begin(order[n_begun++]);
+    }
+    while (!residents.empty()) {
+        const std::size_t place = random_order() % residents.size();
+        // from one step to thousands: a block may be overtaken anywhere, and by far
+        std::size_t n_steps = std::size_t{1} << random_order() % 13;
+        bool goes_on = true;
+        while (goes_on && n_steps-- > 0) {
+            goes_on = advance(residents[place]->block);
+        }
+        if (!goes_on && n_begun < order.size()) {
+            residents[place]->begin(order[n_begun++]);
+        } else if (!goes_on) {
+            residents.erase(residents.begin() + static_cast<std::ptrdiff_t>(place));
+        }
     }
 }
 

@@ -1,14 +1,14 @@
-// Runs the source of CUDA kernels on the CPU, for tests only: every thread of a block is a fiber, blocks run one after
-// another. It is about meaning, never about speed.
+// Runs the source of CUDA kernels on the CPU, for tests only: every thread of a block is a fiber, a few blocks are
+// under way at once. It is about meaning, never about speed.
 //
 // What it makes visible:
 //   * the order in which threads run between two barriers is drawn from a seed, so a missing __syncthreads() or
-//     __syncwarp() reads what is not written yet;
+//     __syncwarp() reads what is not written yet; so is how far each block gets before another goes on;
 //   * shared memory is filled with NaN or with zeros before each block and ends at an unreadable page;
 //   * asynchronous copies land at their wait, not before;
 //   * a barrier that somebody never reaches, or a warp operation whose mask names a lane that does not come, ends the
 //     run with a sentence instead of hanging.
-// What it does not model: memory ordering finer than that, several blocks at once, clocks.
+// What it does not model: memory ordering finer than that (fences do nothing), blocks that wait for each other, clocks.
 #pragma once
 
 #include <array>

@@ -148,6 +148,25 @@ __global__ void write_past_the_end(int offset) {
     shared_as<Staged>().values[64 + offset] = 1.0f;
 }
 
+// The last block to come adds up what all have written.
+template <bool kWithBarrier>
+__global__ void add_in_last_block(int* written, int* ticket, int* sum) {
+    auto& is_last = shared_as<int>();
+    written[blockIdx.x * blockDim.x + threadIdx.x] = 1;
+    if (kWithBarrier) {
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(ticket, 1) == static_cast<int>(gridDim.x) - 1;
+    }
+    __syncthreads();
+    if (is_last != 0 && threadIdx.x == 0) {
+        for (unsigned n = 0; n < gridDim.x * blockDim.x; ++n) {
+            *sum += written[n];
+        }
+    }
+}
+
 // ---- tests
 // ------------------------------------------------------------------------------------------------------------
 
@@ -184,6 +203,21 @@ void test_barriers_and_shared_memory() {
         }
         expect(is_race_seen, "a missing barrier shows");
     }
+}
+
+void test_blocks_overtake_each_other() {
+    bool is_race_seen = false;
+    for (std::uint64_t seed = 0; seed < 20; ++seed) {
+        cuda_on_cpu::set_seed(seed);
+        std::vector<int> written(5 * 64), unsafe(5 * 64);
+        int ticket = 0, sum = 0, other_ticket = 0, other_sum = 0;
+        launch("add", add_in_last_block<true>, {dim3(5), dim3(64), sizeof(int)}, written.data(), &ticket, &sum);
+        expect(sum == 5 * 64, "the last block sees what all have written");
+        launch("add", add_in_last_block<false>, {dim3(5), dim3(64), sizeof(int)}, unsafe.data(), &other_ticket,
+               &other_sum);
+        is_race_seen |= other_sum != 5 * 64;
+    }
+    expect(is_race_seen, "a ticket taken before the block is done shows");
 }
 
 void test_block_votes() {
@@ -279,6 +313,7 @@ void test_shared_memory_is_poisoned() {
 void test_executor() {
     test_every_thread_runs_once();
     test_barriers_and_shared_memory();
+    test_blocks_overtake_each_other();
     test_block_votes();
     test_warp_operations();
     test_mistakes_are_sentences();
