@@ -67,7 +67,25 @@ def table(results: Path = HERE / "results") -> str:
         threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
         rates = f"float32 {float(row['ceiling_fp32']):.0f} and bfloat16 {float(row['ceiling_bf16']):.0f} Gop/s"
         lines.append(f"\n{cpu}, {threads}; bare instructions reach {rates}. {row['versions']}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *gpu_lines(results)])
+
+
+def gpu_lines(results: Path) -> list[str]:
+    """The newest results of gpu_check.py as a table of their own; nothing while there are none."""
+    files = sorted(results.glob("gpu-*.csv"), key=lambda path: path.stem[-10:])  # by the date
+    if not files:
+        return []
+    with files[-1].open() as file:
+        rows = list(csv.DictReader(file))
+    lines = ["\n| on a GPU | value | torch | times as fast | of the ceiling |\n|---|---|---|---|---|"]
+    for row in rows:
+        value, peer, share = (float(row[name]) if row[name] else None for name in ("value", "peer", "share"))
+        shown = [f"{value:.4g} {row['unit']}", "–", "–", "–" if share is None else f"{100 * share:.0f} %"]
+        if peer is not None and value:
+            shown[1:3] = [f"{peer:.4g} {row['unit']}", f"{peer / value:.2f}"]
+        lines.append(f"| `{row['stage']}`: {row['case']} | {' | '.join(shown)} |")
+    about = rows[0]
+    return [*lines, f"\n{about['gpu']}, torch {about['torch']}, commit {about['commit']}."]
 
 
 def _shown(line: Line, rows: list[dict[str, str]]) -> str:

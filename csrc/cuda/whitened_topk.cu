@@ -145,6 +145,13 @@ __device__ inline void take(double* scores, std::int64_t* ids, std::int64_t k, d
     ids[place] = id;
 }
 
+// Below it an approximate score with its margin is out.
+__device__ inline double floor_of(const Selection& selection, const double* scores, const std::int64_t* ids,
+                                  std::int64_t query) {
+    return ids[selection.k - 1] >= 0 ? scores[selection.k - 1] - static_cast<double>(selection.query_slacks[query])
+                                     : -kInfinity;
+}
+
 // Scores all candidates exactly, one warp each, and lets those that belong there into the top k.
 template <class Key>
 __device__ void settle(const Selection& selection, SelectionShared& shared, double* scores, std::int64_t* ids,
@@ -179,7 +186,7 @@ __device__ void settle(const Selection& selection, SelectionShared& shared, doub
             }
         }
         shared.n_candidates = 0;
-        shared.floor = ids[selection.k - 1] >= 0 ? scores[selection.k - 1] : -kInfinity;
+        shared.floor = floor_of(selection, scores, ids, query);
     }
     __syncthreads();
 }
@@ -230,7 +237,6 @@ __global__ void __launch_bounds__(kThreads) select_hits_kernel(Selection selecti
     if (margin != margin) {
         return;  // the whole block leaves: this query holds a NaN or infinity
     }
-    const double slack = static_cast<double>(selection.query_slacks[query]);
     for (std::int64_t i = threadIdx.x; i < selection.k; i += kThreads) {
         scores[i] = selection.scores[query * selection.k + i];
         ids[i] = selection.ids[query * selection.k + i];
@@ -238,7 +244,7 @@ __global__ void __launch_bounds__(kThreads) select_hits_kernel(Selection selecti
     __syncthreads();
     if (threadIdx.x == 0) {
         shared.n_candidates = 0;
-        shared.floor = ids[selection.k - 1] >= 0 ? scores[selection.k - 1] : -kInfinity;
+        shared.floor = floor_of(selection, scores, ids, query);
     }
     __syncthreads();
     const float* approximate = selection.approximate + query * selection.approximate_stride;
@@ -252,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) select_hits_kernel(Selection selecti
                 const double norm = static_cast<double>(selection.key_norms[first + n]);
                 // in double, so that the comparison adds no error; an approximate NaN (∞ − ∞) survives too
                 const double best = static_cast<double>(approximate[first + n]) + norm * static_cast<double>(margin);
-                survives[n] = norm < kInfinity && !(best < shared.floor - slack);
+                survives[n] = norm < kInfinity && !(best < shared.floor);
             }
             n_survivors += survives[n] ? 1 : 0;
         }

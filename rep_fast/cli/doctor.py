@@ -64,13 +64,29 @@ def _examine() -> dict[str, Any]:
 
 
 def _cuda(torch: Any) -> dict[str, Any]:
+    from rep_fast import ops
+    from rep_fast.ops import native
+
+    module = native.find_cuda()
     available = torch.cuda.is_available()
+    devices = range(torch.cuda.device_count()) if available else ()
     return {
         "available": available,
         "torch_built_for": torch.version.cuda,
-        "devices": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if available else [],
+        "devices": [torch.cuda.get_device_name(n) for n in devices],
         "nvcc": shutil.which("nvcc"),
+        "kernels": {"available": module.module is not None, "reason": module.reason},
+        "backend": [
+            {op: {"body": body, "reason": reason} for op, (body, reason) in ops.backend(f"cuda:{n}").items()}
+            for n in devices
+        ],
     }
+
+
+def _why_no_device(cuda: dict[str, Any]) -> str:
+    if cuda["torch_built_for"] is None:
+        return "this torch is built without CUDA; everything runs on the CPU"
+    return f"torch (CUDA {cuda['torch_built_for']}) finds no device or no driver; everything runs on the CPU"
 
 
 def _version(package: str) -> str | None:
@@ -107,14 +123,23 @@ def _show(screen: Screen, found: dict[str, Any]) -> None:
     facts.add_row(
         "CPU", f"level {cpu['level'] or 'unknown'}{capped}; {cpu['cores']} cores, torch uses {cpu['threads']}"
     )
-    facts.add_row("CUDA", ", ".join(cuda["devices"]) if cuda["available"] else "no device; everything runs on the CPU")
-    facts.add_row("nvcc", cuda["nvcc"] or "not found; CUDA sources are not built")
+    facts.add_row("CUDA", ", ".join(cuda["devices"]) if cuda["available"] else _why_no_device(cuda))
+    kernels = cuda["kernels"]
+    needed = cuda["available"] and not kernels["available"]
+    facts.add_row("CUDA kernels", f"[yellow]{kernels['reason']}[/yellow]" if needed else kernels["reason"])
+    facts.add_row("nvcc", cuda["nvcc"] or "not found; a build here leaves the CUDA kernels out")
     writable = "" if cache["is_writable"] else " [red]not writable; set REP_FAST_CACHE[/red]"
     facts.add_row("cache", f"{cache['directory']} ({cache['megabytes']} MB){writable}")
     for name, there in found["embedded_models"].items():
         facts.add_row(name, "weights are here" if there else "[yellow]weights are not in this installation[/yellow]")
     screen.show(facts)
-    table = Table("operation", "body", "why", title="Operations on CPU tensors", title_justify="left")
-    for op, own in found["backend"].items():
+    screen.show(_bodies("CPU tensors", found["backend"]))
+    for number, bodies in enumerate(cuda["backend"]):
+        screen.show(_bodies(f"tensors on cuda:{number}, {cuda['devices'][number]}", bodies))
+
+
+def _bodies(tensors: str, bodies: dict[str, dict[str, str]]) -> Table:
+    table = Table("operation", "body", "why", title=f"Operations on {tensors}", title_justify="left")
+    for op, own in bodies.items():
         table.add_row(op, own["body"], own["reason"])
-    screen.show(table)
+    return table

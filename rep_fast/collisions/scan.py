@@ -24,6 +24,8 @@ from rep_fast.stats import SecondMoments
 PREFIX_TOKENS = 20
 FOLLOWING_TOKENS = 10
 _RUN = 64
+# of batches on a GPU whose hits are looked at together, since looking waits for the device
+TOKENS_BETWEEN_READS = 1 << 17
 _CUT = "\ufffd"  # what tokenizers decode a part of a character to
 
 
@@ -66,9 +68,12 @@ class ScanState:
     contexts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     key_sum: Tensor | None = None
     n_tokens: int = 0
+    _unread: list[TokenBlocks] = field(default_factory=list, repr=False)
 
     def merge(self, other: ScanState) -> ScanState:
         """The state of both parts together."""
+        self.settle()
+        other.settle()
         hits = self.hits.merge(other.hits)
         sums = [own for own in (self.key_sum, other.key_sum) if own is not None]
         merged = ScanState(
@@ -81,9 +86,8 @@ class ScanState:
         return merged
 
     def add(self, queries: WhitenedQueries, blocks: TokenBlocks, keys: Tensor, *, window: int, precision: str) -> None:
-        """Take in the keys [N, M] of consecutive blocks."""
-        device = keys.device
-        exclusion = queries.exclusion(blocks.token_ids.to(device), blocks.starts.to(device), window)
+        """Take in the keys [N, M] of consecutive blocks; `settle` when there are no more."""
+        exclusion = queries.exclusion(blocks.token_ids, blocks.starts, window).to(keys.device)
         self.hits = ops.whitened_topk(
             keys,
             queries.for_scan,
@@ -96,7 +100,15 @@ class ScanState:
         total = _sum_of_rows(keys)
         self.key_sum = total if self.key_sum is None else self.key_sum + total
         self.n_tokens += len(keys)
-        self._remember(blocks)
+        self._unread.append(blocks)
+        if not keys.is_cuda or sum(len(own.token_ids) for own in self._unread) >= TOKENS_BETWEEN_READS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at the hits among the batches taken in since the last time and keep their surroundings."""
+        for blocks in self._unread:
+            self._remember(blocks)
+        self._unread = []
 
     def _remember(self, blocks: TokenBlocks) -> None:
         """Keep the surroundings of new hits now, while their tokens are at hand."""
@@ -222,9 +234,13 @@ def scan_blocks(
         if index % n_shards != number:
             continue
         keys = lm.keys(blocks.batch, [layer])[layer]
-        state.add(queries, blocks, keys.float(), window=window, precision=precision)
+        # on a GPU a bfloat16 model's keys as it made them: one product instead of three
+        is_narrow = keys.is_cuda and lm.down_weight(layer).dtype == torch.bfloat16
+        keys = keys.bfloat16() if is_narrow else keys.float()
+        state.add(queries, blocks, keys, window=window, precision=precision)
         if progress is not None:
             progress(state.n_tokens, tokens)
+    state.settle()
     return state
 
 

@@ -49,6 +49,15 @@ class LastTokenExclusion:
         if self.window < 0:
             raise HparamError(f"LastTokenExclusion: window must be at least 0, got {self.window}")
 
+    def to(self, device: torch.device) -> LastTokenExclusion:
+        """The same rule on `device`; what was checked here is not read back from there."""
+        moved = object.__new__(LastTokenExclusion)
+        for name in ("token_ids", "sequence_starts", "last_tokens", "lookback"):
+            tensor = getattr(self, name)
+            object.__setattr__(moved, name, None if tensor is None else tensor.to(device, non_blocking=True))
+        object.__setattr__(moved, "window", self.window)
+        return moved
+
     def tail(self) -> Tensor:
         """Lookback for the next block, where that one continues this block's last sequence: at most `window` tokens."""
         start = int(self.sequence_starts[-1])

@@ -51,3 +51,15 @@ def test_a_line_takes_the_fastest_of_ours_and_of_the_peers_with_the_same_result(
     assert len(made.splitlines()) == 5
     (tmp_path / "accumulate_moment.csv").write_text(rows_of_moments(*ours, peers[0]))
     assert "| 200 ms (avx512 fp32) | 300 ms (torch bfloat16 matmul, inexact) | 1.50 | 70 % |" in script.table(tmp_path)
+
+
+def test_a_gpu_has_a_table_once_it_was_measured(script: ModuleType, tmp_path: Path) -> None:
+    assert script.gpu_lines(tmp_path) == []
+    head = "stage,case,value,unit,peer,share,gpu,torch,commit"
+    rows = ("whitened_topk,400 subjects,2.0,ms,3.0,0.95", "ceilings,copy,4300.0,GB/s,,")
+    for day, about in (("2026-11-20", "Old GPU,2,a"), ("2026-11-21", "New GPU,2.11,b")):
+        (tmp_path / f"gpu-x-{day}.csv").write_text("\n".join([head, *(f"{row},{about}" for row in rows)]) + "\n")
+    made = "\n".join(script.gpu_lines(tmp_path))
+    assert "| `whitened_topk`: 400 subjects | 2 ms | 3 ms | 1.50 | 95 % |" in made
+    assert "| `ceilings`: copy | 4300 GB/s | – | – | – |" in made
+    assert made.endswith("New GPU, torch 2.11, commit b.")

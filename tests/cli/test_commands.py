@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from rep_fast import SecondMoments
+from rep_fast.cli.doctor import _examine, _show
 from rep_fast.cli.screen import Screen
 
 
@@ -89,6 +93,24 @@ def test_factworld_train_makes_a_model_other_commands_take(rep_fast, case_file, 
     scanned = rep_fast("scan", "--model", out, "--tokens", "500", "--json")
     assert scanned.code == 0, scanned.err
     assert len(scanned.json["subjects"]) == 3
+
+
+def test_doctor_says_what_the_gpu_side_has_and_lacks():
+    def told(changed):
+        names = ("torch_built_for", "available", "devices", "kernels", "nvcc", "backend")
+        cuda = dict(zip(names, ("13.0", False, [], {"available": False, "reason": "not built"}, None, []), strict=True))
+        console = Console(record=True, width=200, file=io.StringIO())
+        _show(SimpleNamespace(show=console.print), _examine() | {"cuda": cuda | changed})
+        return console.export_text()
+
+    assert "this torch is built without CUDA; everything runs on the CPU" in told({"torch_built_for": None})
+    assert "torch (CUDA 13.0) finds no device or no driver" in told({})
+    assert "a build here leaves the CUDA kernels out" in told({})
+    old = {"whitened_topk": {"body": "reference", "reason": "this GPU is sm_75, and the CUDA kernels need sm_80"}}
+    shown = told({"available": True, "devices": ["Tesla T4"], "backend": [old]})
+    assert "Operations on tensors on cuda:0, Tesla T4" in shown
+    assert "this GPU is sm_75" in shown
+    assert "not built" in shown
 
 
 def test_doctor_names_the_body_of_every_operation(rep_fast):

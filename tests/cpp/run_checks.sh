@@ -63,7 +63,7 @@ else
 fi
 
 # Every kernel for every architecture, once each; warnings are errors. A kernel that spills registers works, but at a
-# fraction of its speed: LDL and STL are the instructions of local memory.
+# fraction of its speed: what spills lies on its stack.
 check_cuda() { # directory
     local object found failed=0
     cmake -S "$root" -B "$1" -G Ninja -DCMAKE_MAKE_PROGRAM="$(command -v ninja)" -DREP_FAST_PYTHON=OFF \
@@ -75,7 +75,8 @@ check_cuda() { # directory
         return 0
     fi
     while IFS= read -r object; do
-        found=$(cuobjdump -sass "$object" | awk '/Function :/ { name = $3 } / (LDL|STL)[. ]/ { print name }' | sort -u)
+        found=$(cuobjdump -res-usage "$object" |
+            awk '/^ Function / { name = $2 } / (STACK|LOCAL):[1-9]/ { print name }' | sort -u)
         if [ -n "$found" ]; then
             echo "$(basename "$object") uses local memory in: $found" >&2
             failed=1

@@ -1,0 +1,226 @@
+"""The measuring stages of gpu_check.py, each run as a process of its own: `python benchmarks/gpu_stages.py STAGE`.
+
+A row is printed as soon as it is measured, so that a stage that is stopped loses only what came after.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rep_fast import api, factworld
+from rep_fast.bench.cases import ScanCase
+from rep_fast.bench.whitened_topk import Inputs
+from rep_fast.collisions.query import WhitenedQueries
+from rep_fast.collisions.scan import ScanState
+from rep_fast.collisions.token_blocks import token_blocks
+from rep_fast.facts import MemoryText
+from rep_fast.models import EditableLM
+from rep_fast.ops import LastTokenExclusion, ScanQueries, TopK, whitened_topk
+from rep_fast.paths.tracing import trace_answers
+from rep_fast.stats import SecondMoments
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+def row(case: str, value: float, unit: str, **rest: float) -> None:
+    """Tell gpu_check.py one number."""
+    print("ROW " + json.dumps({"case": case, "value": value, "unit": unit, **rest}), flush=True)
+
+
+def seconds(*runs: Callable[[], Any], rounds: int = 15) -> list[float]:
+    """Median device time of each, A, B, A, B …, after three rounds that do not count."""
+    times: list[list[float]] = [[] for _ in runs]
+    for number in range(rounds + 3):
+        for run, own in zip(runs, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            if number >= 3:
+                own.append(begin.elapsed_time(end) / 1e3)
+    return [statistics.median(own) for own in times]
+
+
+def bf16_rate(n: int = 8192) -> float:
+    """Operations per second of torch's bfloat16 product with float32 results."""
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty(n, n, device=DEVICE)
+    return 2 * n**3 / seconds(lambda: torch.mm(a, b.T, torch.float32, out=out))[0]
+
+
+def copy_rate(n: int = 1 << 30) -> float:
+    """Bytes per second of a copy on the device, read and written."""
+    source = torch.randn(n, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))[0]
+
+
+def ceilings() -> None:
+    """Copy bandwidth and product rates."""
+    row("copy", copy_rate() / 1e9, "GB/s")
+    row("bfloat16 product, float32 result", bf16_rate() / 1e12, "TFLOP/s")
+    n = 8192
+    a, b = (torch.randint(-127, 128, (n, n), device=DEVICE, dtype=torch.int8) for _ in range(2))
+    row("int8 product", 2 * n**3 / seconds(lambda: torch._int_mm(a, b.T))[0] / 1e12, "TOP/s")
+    x, y = (torch.randn(n, n, device=DEVICE).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=DEVICE)
+    run = lambda: torch._scaled_mm(x, y.T, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+    row("float8 product", 2 * n**3 / seconds(run)[0] / 1e12, "TFLOP/s")
+
+
+def torch_scan(keys: Tensor, queries: Tensor, k: int, mask: Tensor, *, chunk: int) -> Tensor:
+    """bfloat16 product, mask and top-k, chunk by chunk: what one would write without the op; inexact."""
+    best: Tensor | None = None
+    for start in range(0, len(keys), chunk):
+        scores = queries @ keys[start : start + chunk].T
+        top = scores.masked_fill_(mask[:, start : start + chunk], -torch.inf).topk(k)
+        best = top.values if best is None else torch.cat([best, top.values], 1).topk(k).values
+    assert best is not None
+    return best
+
+
+def scan_case(n_queries: int, key_dim: int, ceiling: float) -> None:
+    """The scan of a stream that is under way, beside torch's and the rate of the bare product."""
+    generator = torch.Generator(DEVICE).manual_seed(n_queries)
+    n = (1 << 32) // (2 * key_dim)  # 4 GB of keys
+    keys = torch.randn(n, key_dim, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    queries = torch.randn(n_queries, key_dim, generator=generator, device=DEVICE)
+    tokens = torch.randint(32000, (n,), generator=generator, device=DEVICE)
+    last = torch.randint(32000, (n_queries,), generator=generator, device=DEVICE)
+    rule = LastTokenExclusion(tokens, torch.arange(0, n, 512, device=DEVICE), last)
+    kept = ScanQueries(queries)
+    before = whitened_topk(keys, kept, 10, exclusion=rule)
+    sample = slice(0, 4096)
+    part = LastTokenExclusion(tokens[sample], torch.arange(0, 4096, 512, device=DEVICE), last)
+    found = whitened_topk(keys[sample], queries, 10, exclusion=part)
+    exact = whitened_topk(keys[sample], queries, 10, exclusion=part, precision="fp64")
+    assert torch.equal(found.ids, exact.ids), "a hit was lost"
+    mask = torch.zeros(n_queries, n, dtype=torch.bool, device=DEVICE)
+    narrow = queries.bfloat16()
+    ours, peer = seconds(
+        lambda: whitened_topk(keys, kept, 10, exclusion=rule, state=before, first_id=n),
+        lambda: torch_scan(keys, narrow, 10, mask, chunk=16384),
+        rounds=9,
+    )
+    rate = 2 * n * n_queries * key_dim / ours
+    row(f"{n_queries} subjects, M {key_dim}", 1e3 * ours, "ms", peer=1e3 * peer, share=rate / ceiling)
+
+
+def scan_kernels() -> None:
+    """The scan at the shapes of two models."""
+    ceiling = bf16_rate()
+    for key_dim in (4096, 11008):
+        for n_queries in (100, 400, 2000):
+            scan_case(n_queries, key_dim, ceiling)
+
+
+def small() -> None:
+    """Every kernel once on small shapes, for compute-sanitizer; results are checked."""
+    inputs = Inputs.draw(ScanCase("small", n_keys=700, n_queries=9, key_dim=72, k=10), seed=0)
+    rule = inputs.exclusion.to(torch.device(DEVICE))
+    for precision in ("bf16", "bf16x2", "fp32", "fp64"):
+        found = whitened_topk(
+            inputs.keys.to(DEVICE), inputs.queries.to(DEVICE), 10, exclusion=rule, precision=precision
+        )
+        assert inputs.is_exact(found.ids.cpu()), precision
+
+
+def timed(case: str, run: Callable[[], Any], *, work: int = 0) -> Any:
+    """Run twice, report the second: seconds, or `work` per second; and the peak memory."""
+    run()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = run()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    elapsed = time.perf_counter() - begin
+    row(case, work / elapsed if work else elapsed, "tokens/s" if work else "s")
+    if DEVICE == "cuda":
+        row(f"{case}: peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
+    return result
+
+
+def random_model(shape: dict[str, int]) -> EditableLM:
+    """A LLaMA of this shape in bfloat16 with the embedded model's tokenizer; speed needs no knowledge."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = factworld.load().tokenizer
+    config = LlamaConfig(vocab_size=32000, bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return EditableLM(model.eval().requires_grad_(False), tokenizer, name="random LLaMA")
+
+
+def random_queries(n: int, width: int) -> WhitenedQueries:
+    generator = torch.Generator().manual_seed(0)
+    return WhitenedQueries(
+        subjects=tuple(map(str, range(n))),
+        whitened=torch.randn(n, width, generator=generator),
+        self_similarity=torch.ones(n, dtype=torch.float64),
+        last_tokens=torch.randint(1000, (n,), generator=generator),
+    )
+
+
+def end_to_end(shape: dict[str, int] = SEVEN_B, *, layer: int = 5, n_tokens: int = 120_000) -> None:
+    """ROME, REP, the scan, moments and tracing on a random model."""
+    lm = random_model(shape)
+    width = shape["intermediate_size"]
+    documents = [case.fact.text for case in factworld.cases("test")] * 200
+    corpus = MemoryText("facts", [" ".join(documents[n : n + 60]) for n in range(0, len(documents), 60)])
+    case = factworld.cases("validation")[0]
+
+    answers = [lm.answer(case.fact.text, case.fact.target_new)] * 8
+    timed("path tracing, 8 answers", lambda: trace_answers(lm, answers))
+
+    blocks = list(token_blocks(lm, corpus, tokens=n_tokens // 4))
+    counted = sum(len(own.token_ids) for own in blocks)
+    timed("truncated forward alone", lambda: [lm.keys(own.batch, [layer]) for own in blocks], work=counted)
+    for n_queries in (400, 20_000):
+        queries = random_queries(n_queries, width)
+
+        def scan_all(queries: WhitenedQueries = queries) -> None:
+            state = ScanState(TopK.empty(len(queries.subjects), 10, device=DEVICE))
+            for own in blocks:
+                keys = lm.keys(own.batch, [layer])[layer].bfloat16()
+                state.add(queries, own, keys, window=10, precision="auto")
+            state.settle()
+
+        timed(f"collision scan, {n_queries} subjects", scan_all, work=counted)
+
+    layers = list(range(layer - 1, min(layer + 4, shape["num_hidden_layers"])))
+    with tempfile.TemporaryDirectory() as place:
+        begin = time.perf_counter()
+        moments = SecondMoments.collect(lm, corpus, layers, tokens=n_tokens, cache_dir=place)
+        row(f"moments of {len(layers)} layers, {n_tokens} tokens", time.perf_counter() - begin, "s")
+    bench = api.Workbench(lm, text=corpus, overrides={"layer": layer})
+    bench.use_moments(moments)
+    edit = timed("ROME edit, factor kept", lambda: bench.edit(case))
+    timed("REP training", lambda: bench.with_rep(edit, case))
+
+
+STAGES: dict[str, Callable[[], None]] = {
+    "ceilings": ceilings,
+    "whitened_topk": scan_kernels,
+    "end_to_end": end_to_end,
+    "small": small,
+}
+
+if __name__ == "__main__":
+    STAGES[sys.argv[1]]()
