@@ -44,12 +44,10 @@ struct Matrix {
             values.push_back(put(i / cols, i % cols, static_cast<float>(normal(random))));
         }
     }
-
     [[nodiscard]] std::int64_t width() const { return dtype == DType::kFloat32 ? 4 : 2; }
     [[nodiscard]] double at(std::int64_t i, std::int64_t j) const {
         return values[static_cast<std::size_t>(i * cols + j)];
     }
-
     double put(std::int64_t i, std::int64_t j, float value) {
         unsigned char* const place = bytes.data() + (i * stride + j) * width();
         if (dtype == DType::kFloat32) {
@@ -80,7 +78,6 @@ struct Adapter {
           b1(1, hidden, hidden, dtype, 0.5, random),
           w2(1, hidden, hidden, dtype, 2.0 / std::sqrt(static_cast<double>(hidden)), random),
           b2(1, 1, 1, dtype, 0.5, random) {}
-
     cuda::AdapterOnDevice on_device() {
         return {a.bytes.data(),
                 b.bytes.data(),
@@ -137,9 +134,7 @@ struct Problem {
             adapters.back().threshold = middle_logit(adapters.back());
         }
     }
-
     [[nodiscard]] std::size_t n_adapters() const { return adapters.size(); }
-
     [[nodiscard]] Moving native(std::int64_t token) const {
         const auto begin = keys.values.begin() + token * shape.dim;
         return {{begin, begin + shape.dim}, 0.0};
@@ -376,6 +371,22 @@ void test_compositions() {
     }
 }
 
+// The third move, which one block makes, turns the decision of the fourth gate for one token at least.
+void test_late_moves_decide_again() {
+    Problem problem({9, 16, {3, 8, 2, 5}, {2, 1, 3, 2}}, 6);
+    Moving moving = problem.native(0);
+    double before = 0.0;
+    for (std::size_t i = 0; i < 3; ++i) {
+        problem.adapters[i].threshold = -50.0f;
+        before = problem.decide(problem.adapters[3], moving).logit;
+        const Moving source = moving;
+        problem.move(problem.adapters[i], source, moving);
+    }
+    const double after = problem.decide(problem.adapters[3], moving).logit;
+    problem.adapters[3].threshold = static_cast<float>((before + after) / 2);
+    EXPECT(expect_reference(problem, run(problem, Composition::kChain), Composition::kChain) >= 3);
+}
+
 // More than travel with a launch; only the first and one of the last open.
 void test_many_adapters() {
     Problem problem({2, 8, std::vector<std::int64_t>(35, 1), std::vector<std::int64_t>(35, 1)}, 5);
@@ -478,6 +489,7 @@ void test_errors_name_what_is_wrong() {
 void test_gated_adapter() {
     test_tokens_are_adapted();
     test_compositions();
+    test_late_moves_decide_again();
     test_many_adapters();
     test_shut_gates_leave_bits_alone();
     test_ties();
