@@ -26,7 +26,7 @@ std::optional<ScanPass> pass_arg(const std::string& name) {
 }
 
 // Updates scores, ids and query_dropped; returns (non-finite keys, first of them or −1, pairs scored in float64, keys
-// that each pass of kScanPassNames went over).
+// that each pass of kScanPassNames went over, keys by kPassReasons).
 py::tuple scan(const py::object& keys, const py::object& queries, const py::object& scores, const py::object& ids,
                const py::object& query_dropped, std::int64_t first_id, const py::object& token_ids,
                const py::object& sequence_starts, const py::object& last_tokens, const py::object& lookback,
@@ -53,7 +53,8 @@ py::tuple scan(const py::object& keys, const py::object& queries, const py::obje
         const py::gil_scoped_release unlocked;
         report = whitened_topk(input, state, static_cast<CpuLevel>(level), n_threads, packings);
     }
-    return py::make_tuple(report.n_nonfinite_keys, report.first_nonfinite_key, report.n_rescored, report.pass_keys);
+    return py::make_tuple(report.n_nonfinite_keys, report.first_nonfinite_key, report.n_rescored, report.pass_keys,
+                          report.reason_keys);
 }
 
 }  // namespace
@@ -61,6 +62,7 @@ py::tuple scan(const py::object& keys, const py::object& queries, const py::obje
 void bind_whitened_topk(py::module_& m) {
     register_bodies(m, "whitened_topk", whitened_topk_table());
     m.attr("scan_passes") = py::cast(kScanPassNames);
+    m.attr("pass_reasons") = py::cast(kPassReasons);
     py::class_<QueryPackings>(m, "QueryPackings")
         .def(py::init([](const py::object& queries) {
                  return std::make_unique<QueryPackings>(TensorArg(queries, "queries").matrix<const float>());

@@ -51,7 +51,8 @@ struct ScanWorker {
     std::vector<float> bounds;  // of one key and a chunk of queries
     std::vector<std::int32_t> survivors;
     Candidates candidates;
-    std::int64_t rows_since_watched = 0;  // see watch_share
+    std::int64_t rows_seen = 0;
+    std::int64_t rows_when_watched = 0;  // see watch_share
     std::int64_t rescored_when_watched = 0;
     ScanReport report;
 };
@@ -99,8 +100,11 @@ class BlockScan {
     void block(std::int64_t number, ScanWorker& worker) {
         const std::int64_t begin = number * block_keys_;
         const std::int64_t n_rows = std::min(block_keys_, keys_.rows - begin);
-        const ScanPass pass = gave_up_ ? choice_.second : choice_.first;
+        const bool gave_up = gave_up_;
+        const ScanPass pass = gave_up ? choice_.second : choice_.first;
+        const PassReason reason = gave_up ? PassReason::kGaveUp : choice_.reason;
         worker.report.pass_keys[static_cast<std::size_t>(pass)] += n_rows;
+        worker.report.reason_keys[static_cast<std::size_t>(reason)] += n_rows;
         if (pass == ScanPass::kInt8) {
             scan_int8(begin, n_rows, worker);
             return;
@@ -186,11 +190,21 @@ class BlockScan {
                 if (chunk == 0) {
                     squares[static_cast<std::size_t>(row)] += square;
                 }
+                fetch(begin + row, depth + kBlockDepth);
             }
             // rows of the last tile beyond n_rows hold what was there before: their scores are not looked at
             kernels_.float32.multiply(worker.widened.data(), n_tiles, packed.panel(chunk / kPanelQueries, depth),
                                       n_queries / kPanelQueries, packed.panel_stride(), n, scores, n_queries,
                                       depth == 0);
+        }
+    }
+
+    // The k-block of a row that is widened after this one: pieces of many rows are no stream that processors foresee.
+    void fetch(std::int64_t row, std::int64_t depth) const {
+        constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(T));
+        const T* const from = keys_.row(row);
+        for (std::int64_t j = depth; j < std::min(depth + kBlockDepth, keys_.cols); j += kLine) {
+            __builtin_prefetch(from + j, 0, 2);
         }
     }
 
@@ -301,7 +315,7 @@ class BlockScan {
     // Candidates of several blocks wait for each other: the rows of a query's pairs are then read one after the other,
     // its own once. While many come, as at the start of a stream, the thresholds are brought up to date.
     void finish_block(std::int64_t begin, std::int64_t n_rows, ScanWorker& worker) {
-        worker.rows_since_watched += n_rows;
+        worker.rows_seen += n_rows;
         if (worker.candidates.is_half_full()) {
             rescore(worker);
         }
@@ -310,19 +324,34 @@ class BlockScan {
         }
     }
 
-    // Gives the int8 pass up where it lets too much through. While a stream is young much survives anyway: the k-th
-    // best rises so that the share falls as 1/rows, and the keys that are left are judged by that.
+    // Gives the int8 pass up where the other would be faster on the keys that are left. While a stream is young much
+    // survives any pass, about as many as keys in random order make; the int8 pass scores a multiple of them, which
+    // changes little as the k-th best rises. Where it rules out less than half, the margin decides and not the k-th
+    // best: then the share itself stays.
     void watch_share(std::int64_t n_seen, ScanWorker& worker) {
-        const auto n_rescored = static_cast<double>(worker.report.n_rescored - worker.rescored_when_watched);
-        const auto n_pairs = static_cast<double>(worker.rows_since_watched * input_.queries.rows);
+        const auto scored = static_cast<double>(worker.report.n_rescored - worker.rescored_when_watched);
+        const auto seen = static_cast<double>(worker.rows_seen);
+        const auto window = static_cast<double>(worker.rows_seen - worker.rows_when_watched);
+        const double all = seen * static_cast<double>(keys_.rows) / static_cast<double>(n_seen);  // that it may get
+        const double before = expected_entries_until(static_cast<double>(worker.rows_when_watched), worker);
+        const double now = expected_entries_until(seen, worker);
         worker.rescored_when_watched = worker.report.n_rescored;
-        worker.rows_since_watched = 0;
-        const auto all = static_cast<double>(keys_.rows);
-        const auto seen = static_cast<double>(n_seen);
-        if (choice_.second != choice_.first && seen < all &&
-            n_rescored / n_pairs * seen * std::log(all / seen) / (all - seen) > kLargestSurvivorShare) {
+        worker.rows_when_watched = worker.rows_seen;
+        if (choice_.second == choice_.first || all <= seen) {
+            return;
+        }
+        const double scored_per_query = scored / static_cast<double>(input_.queries.rows);
+        const double unavoidable = (expected_entries_until(all, worker) - now) / (all - seen);
+        const double left = 2.0 * scored_per_query > window ? scored_per_query / window - unavoidable
+                                                            : (scored_per_query / (now - before) - 1.0) * unavoidable;
+        if (left > choice_.largest_survivor_share) {
             gave_up_ = true;
         }
+    }
+
+    // Per query, with what the state comes from.
+    double expected_entries_until(double n_rows, const ScanWorker& worker) const {
+        return expected_entries(choice_.n_keys_before + n_rows, static_cast<double>(worker.hits.k()));
     }
 
     Hit exact_hit(std::int64_t row, std::int64_t query, ScanWorker& worker) const {

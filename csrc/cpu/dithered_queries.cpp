@@ -34,6 +34,28 @@ std::vector<float> powers(std::span<const double> scales, bool is_inverse) {
     return padded(found);
 }
 
+// Σ (w_j d_j)², in lanes that do not wait for each other.
+double scaled_square(const float* query, std::span<const double> scales) {
+    constexpr std::size_t kLanes = 8;
+    double lanes[kLanes] = {};
+    std::size_t j = 0;
+    for (; j + kLanes <= scales.size(); j += kLanes) {
+        for (std::size_t lane = 0; lane < kLanes; ++lane) {
+            const double scaled = static_cast<double>(query[j + lane]) * scales[j + lane];
+            lanes[lane] += scaled * scaled;
+        }
+    }
+    for (; j < scales.size(); ++j) {
+        const double scaled = static_cast<double>(query[j]) * scales[j];
+        lanes[0] += scaled * scaled;
+    }
+    double sum = 0.0;
+    for (const double lane : lanes) {
+        sum += lane;
+    }
+    return sum;
+}
+
 double root(std::int64_t width) {
     return std::sqrt(static_cast<double>(width));
 }
@@ -86,25 +108,29 @@ Int8Margins DitheredQueries::no_margins(std::int64_t first) const {
 
 void DitheredQueries::pack(MatrixView<const float> queries, const Int8Products& products,
                            std::span<const double> column_scales, std::int64_t panel) {
-    std::vector<std::uint8_t> quantised(query_scales_.size());
-    const std::int64_t end = std::min((panel + 1) * kPanelQueries, queries.rows);
-    for (std::int64_t query = panel * kPanelQueries; query < end; ++query) {
-        pack_query(queries.row(query), products, column_scales, query, quantised);
+    const std::int64_t width = std::ssize(query_scales_);
+    std::vector<std::uint8_t> quantised(static_cast<std::size_t>(kPanelQueries * width),
+                                        128);  // zeros where no query is
+    const std::int64_t first = panel * kPanelQueries;
+    for (std::int64_t query = first; query < std::min(first + kPanelQueries, queries.rows); ++query) {
+        quantise(queries.row(query), products, column_scales, query, quantised.data() + (query - first) * width);
+    }
+    std::uint32_t* out = panels_.data() + panel * panel_stride();
+    for (std::int64_t depth = 0; depth < key_dim_; depth += 4) {
+        for (std::int64_t query = 0; query < kPanelQueries; ++query) {
+            std::uint32_t bytes;
+            std::memcpy(&bytes, quantised.data() + query * width + depth, sizeof bytes);
+            *out++ = bytes ^ 0x80808080u;  // q + 128 as unsigned is q as signed with the top bit flipped
+        }
     }
 }
 
-void DitheredQueries::pack_query(const float* query, const Int8Products& products,
-                                 std::span<const double> column_scales, std::int64_t number,
-                                 std::span<std::uint8_t> quantised) {
-    double square = 0.0;
-    for (std::int64_t j = 0; j < key_dim_; ++j) {
-        const double scaled = static_cast<double>(query[j]) * column_scales[static_cast<std::size_t>(j)];
-        square += scaled * scaled;
-    }
+void DitheredQueries::quantise(const float* query, const Int8Products& products, std::span<const double> column_scales,
+                               std::int64_t number, std::uint8_t* quantised) {
     const auto index = static_cast<std::size_t>(number);
-    norms_[index] = std::sqrt(square);
+    norms_[index] = std::sqrt(scaled_square(query, column_scales));
     const float largest = products.rows.f32.largest(query, query_scales_.data(), key_dim_);
-    if (!std::isfinite(largest)) {  // dropped, or beyond float32 once scaled: panel entries stay zero
+    if (!std::isfinite(largest)) {  // dropped, or beyond float32 once scaled
         steps_[index] = 1.0f;
         margins_[index] = std::numeric_limits<float>::infinity();
         return;
@@ -112,19 +138,12 @@ void DitheredQueries::pack_query(const float* query, const Int8Products& product
     const FixedPoint point = fixed_point(largest);
     steps_[index] = static_cast<float>(point.step);
     margins_[index] = round_up(constant_ * norms_[index] * kRoundingSlack);
-    products.rows.f32.quantise(query, query_scales_.data(), query_dither_.data(), point.per_step, key_dim_,
-                               quantised.data());
-    std::uint32_t* const out = panels_.data() + number / kPanelQueries * panel_stride() + number % kPanelQueries;
-    std::int64_t sum = 0;
-    for (std::int64_t quad = 0; 4 * quad < key_dim_; ++quad) {
-        std::uint32_t bytes;
-        std::memcpy(&bytes, quantised.data() + 4 * quad, sizeof bytes);
-        for (int i = 0; i < 4; ++i) {
-            sum += static_cast<std::int64_t>(bytes >> 8 * i & 0xffu) - 128;
-        }
-        out[quad * kPanelQueries] = bytes ^ 0x80808080u;  // q + 128 as unsigned is q as signed with the top bit flipped
+    products.rows.f32.quantise(query, query_scales_.data(), query_dither_.data(), point.per_step, key_dim_, quantised);
+    std::int32_t sum = 0;  // of the width's entries, zeros behind them included, fits
+    for (std::int64_t j = 0; j < std::ssize(query_scales_); ++j) {
+        sum += quantised[j] - 128;
     }
-    starts_[index] = static_cast<std::int32_t>(-128 * sum);
+    starts_[index] = -128 * sum;
 }
 
 }  // namespace rep_fast

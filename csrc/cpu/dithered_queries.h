@@ -48,8 +48,9 @@ class DitheredQueries {
   private:
     void pack(MatrixView<const float> queries, const Int8Products& products, std::span<const double> column_scales,
               std::int64_t panel);
-    void pack_query(const float* query, const Int8Products& products, std::span<const double> column_scales,
-                    std::int64_t number, std::span<std::uint8_t> quantised);
+    // One query, [padded width].
+    void quantise(const float* query, const Int8Products& products, std::span<const double> column_scales,
+                  std::int64_t number, std::uint8_t* quantised);
 
     std::int64_t key_dim_;
     std::int64_t n_panels_;

@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "core/error.h"
+#include "cpu/dithered_queries.h"
+#include "cpu/packed_queries.h"
 #include "cpu/spread_rows.h"
 
 namespace rep_fast {
@@ -17,8 +19,8 @@ constexpr std::int64_t kSampleQueries = 8;
 constexpr double kSmallMargin = 0.5;
 // A lead that the noise of a short measurement does not make.
 constexpr double kClearLead = 1.1;
-// Quantising a key takes the time of its int8 products with so many queries.
-constexpr double kQuantiserQueries = 64.0;
+// A pair's way from a fast score to an exact one costs as much as scoring so many elements.
+constexpr double kPairElements = 1000.0;
 
 // Mean and standard deviation of a query's scores over sampled rows.
 struct Spread {
@@ -80,18 +82,16 @@ class Sample {
           rows_(finite_rows(keys)),
           queries_(spread_rows(input.queries.rows, kSampleQueries)) {
         for (const std::int64_t query : queries_) {
-            spreads_.push_back(spread_of_scores(keys, input.queries.row(query), rows_, kernels));
+            const float* const row = input.queries.row(query);
+            sampled_.insert(sampled_.end(), row, row + keys.cols);
+            spreads_.push_back(spread_of_scores(keys, row, rows_, kernels));
         }
     }
 
     // Median over queries of the margin beside the scores' deviation is small.
     bool has_small_margins(ScanPass pass) const {
         // the scan's own margins, so that the choice knows what the scan will find
-        std::vector<float> sampled;
-        for (const std::int64_t query : queries_) {
-            sampled.insert(sampled.end(), input_.queries.row(query), input_.queries.row(query) + keys_.cols);
-        }
-        const PackedQueries packed({sampled.data(), std::ssize(queries_), keys_.cols, keys_.cols}, pass, 1);
+        const PackedQueries packed(queries(), pass, 1);
         const auto key_norm = static_cast<double>(packed.key_norm(largest_square()));
         std::int64_t n_small = 0;
         std::int64_t n_finite = 0;
@@ -107,26 +107,36 @@ class Sample {
         return 2 * n_small > n_finite;
     }
 
-    // Share of pairs whose int8 score and margin reach the k-th best.
-    double int8_survivors(const DitheredQueries& dithered) const {
+    // Share of the pairs that survive the int8 pass for its margin alone, as the k-th best rises over the block.
+    double int8_survivors(double n_keys_before) const {
+        const Int8Products& products = *kernels_.int8_products;
+        const DitheredQueries dithered(queries(), products, column_scales(keys_, input_.queries), input_.dither, 1);
         const std::vector<Int8Margins> margins = int8_margins(dithered);
-        const double usual = normal_quantile(std::min(
-            static_cast<double>(state_.scores.cols) / static_cast<double>(std::max<std::int64_t>(keys_.rows, 1)), 1.0));
+        const auto k = static_cast<double>(state_.scores.cols);
+        const auto n_keys = static_cast<double>(keys_.rows);
+        const double n_seen = n_keys_before + n_keys;  // at the block's end
+        const double usual = normal_quantile(std::min(k / n_seen, 1.0));
+        // while the k-th best rises from nothing, 1.5 to 2.2 times the share at the end was found
+        const double beside_end = 1.0 + n_keys / n_seen;
         double share = 0.0;
         std::int64_t n = 0;
         for (std::size_t i = 0; i < queries_.size(); ++i) {
-            const std::int64_t query = queries_[i];
+            const auto query = static_cast<std::int64_t>(i);
             if (!dithered.is_finite(query)) {
                 continue;
             }
             const Spread& scores = spreads_[i];
-            const double known = state_.scores.row(query)[state_.scores.cols - 1];
+            const double known = state_.scores.row(queries_[i])[state_.scores.cols - 1];
             const double threshold = std::max(known, scores.mean + usual * scores.deviation);
             for (const Int8Margins& own : margins) {
                 const double margin = static_cast<double>(own.key_step) * static_cast<double>(own.of_queries[query]) +
                                       static_cast<double>(own.key_norm) * static_cast<double>(own.query_steps[query]);
-                share +=
-                    scores.deviation > 0.0 ? normal_tail((threshold - margin - scores.mean) / scores.deviation) : 1.0;
+                const auto surviving = [&](double bound) {
+                    return scores.deviation > 0.0
+                               ? std::min(beside_end * normal_tail((bound - scores.mean) / scores.deviation), 1.0)
+                               : 1.0;
+                };
+                share += surviving(threshold - margin) - (scores.deviation > 0.0 ? surviving(threshold) : 0.0);
                 ++n;
             }
         }
@@ -134,6 +144,8 @@ class Sample {
     }
 
   private:
+    MatrixView<const float> queries() const { return {sampled_.data(), std::ssize(queries_), keys_.cols, keys_.cols}; }
+
     double largest_square() const {
         double largest = 0.0;
         for (const std::int64_t row : rows_) {
@@ -172,23 +184,52 @@ class Sample {
     const WhitenedTopkKernels& kernels_;
     std::vector<std::int64_t> rows_;
     std::vector<std::int64_t> queries_;
+    std::vector<float> sampled_;   // the queries' rows
     std::vector<Spread> spreads_;  // of each sampled query
 };
 
+// Seconds that a pass takes for one key, per element of it, without what is scored again.
+double pass_seconds(ScanPass pass, const ScanRates& rates, std::int64_t n_queries) {
+    const double operations = 2.0 * static_cast<double>(n_queries);
+    switch (pass) {
+        case ScanPass::kBf16:
+            return operations / rates.bf16;
+        case ScanPass::kBf16Twice:  // the high and low halves are two products
+            return 2.0 * operations / rates.bf16;
+        case ScanPass::kInt8:
+            return 1.0 / rates.quantise + operations / rates.int8;
+        default:
+            return 1.0 / rates.widen + operations / rates.float32;
+    }
+}
+
 template <class T>
 ScanPass choose_exact_product(const Sample<T>& sample, const ScanInput& input, const WhitenedTopkKernels& kernels,
-                              const ProductRates& rates) {
+                              const ScanRates& rates) {
+    const std::int64_t n_queries = input.queries.rows;
+    const double affordable = pass_seconds(ScanPass::kFloat32, rates, n_queries) / kClearLead;
     for (const ScanPass pass : {ScanPass::kBf16, ScanPass::kBf16Twice}) {
-        // the high and low halves are two products
-        const double needed = kClearLead * (pass == ScanPass::kBf16 ? 1.0 : 2.0) * rates.float32;
-        if (has_pass(kernels, pass, input.keys) && rates.bf16 >= needed && sample.has_small_margins(pass)) {
+        if (has_pass(kernels, pass, input.keys) && pass_seconds(pass, rates, n_queries) <= affordable &&
+            sample.has_small_margins(pass)) {
             return pass;
         }
     }
     return ScanPass::kFloat32;
 }
 
+// About how many keys the state comes from: ids are mostly row numbers of a stream.
+double keys_before(const ScanInput& input, const ScanState& state) {
+    const bool is_fresh = std::isinf(state.scores.row(0)[state.scores.cols - 1]);
+    return is_fresh ? 0.0 : static_cast<double>(input.first_id);
+}
+
 }  // namespace
+
+double expected_entries(double n_keys, double k) {
+    // k (1 + ln(n/k)) of them were one scored after the other; of those that wait together the best bounds come first,
+    // which leaves a third of the logarithm (found: 20, 28, 36 of 256, 1024, 4096 keys, k = 10)
+    return n_keys <= k ? n_keys : k * (1.0 + std::log(n_keys / k) / 3.0);
+}
 
 bool has_pass(const WhitenedTopkKernels& kernels, ScanPass pass, const KeyMatrix& keys) {
     const std::int64_t width = std::visit([](const auto& matrix) { return matrix.cols; }, keys);
@@ -206,12 +247,12 @@ bool has_pass(const WhitenedTopkKernels& kernels, ScanPass pass, const KeyMatrix
 }
 
 PassChoice choose_pass(const ScanInput& input, const ScanState& state, const WhitenedTopkKernels& kernels,
-                       QueryPackings& packings, ProductRates (*rates)()) {
+                       ScanRates (*rates)()) {
     if (input.pass.has_value()) {
         REP_FAST_CHECK(has_pass(kernels, *input.pass, input.keys),
                        "the pass " << kScanPassNames[static_cast<std::size_t>(*input.pass)]
                                    << " cannot run on these keys and this processor; use precision auto");
-        return {*input.pass, *input.pass};
+        return {.first = *input.pass, .second = *input.pass, .reason = PassReason::kAskedFor};
     }
     const bool has_bf16 = has_pass(kernels, ScanPass::kBf16, input.keys);
     const bool has_int8 = has_pass(kernels, ScanPass::kInt8, input.keys);
@@ -220,19 +261,27 @@ PassChoice choose_pass(const ScanInput& input, const ScanState& state, const Whi
             if ((!has_bf16 && !has_int8) || keys.rows == 0 || input.queries.rows == 0) {
                 return {};
             }
-            const ProductRates measured = rates();
+            const ScanRates measured = rates();
             const Sample sample(input, state, keys, kernels);
             const ScanPass other = choose_exact_product(sample, input, kernels, measured);
-            const double other_rate = other == ScanPass::kFloat32 ? measured.float32
-                                      : other == ScanPass::kBf16  ? measured.bf16
-                                                                  : measured.bf16 / 2.0;
-            const auto n_queries = static_cast<double>(input.queries.rows);
-            if (!has_int8 || measured.int8 * n_queries < kClearLead * other_rate * (n_queries + kQuantiserQueries)) {
-                return {other, other};
+            const PassChoice fallback = {.first = other, .second = other, .reason = PassReason::kFastest};
+            if (!has_int8) {
+                return fallback;
             }
-            const auto dithered = packings.dithered(input.keys, *kernels.int8_products, input.dither, 1);
-            const bool is_sharp = sample.int8_survivors(*dithered) <= kLargestSurvivorShare;
-            return {is_sharp ? ScanPass::kInt8 : other, other};
+            const std::int64_t n_queries = input.queries.rows;
+            const double gained = pass_seconds(other, measured, n_queries) / kClearLead -
+                                  pass_seconds(ScanPass::kInt8, measured, n_queries);
+            if (gained <= 0.0) {
+                return fallback;
+            }
+            PassChoice int8 = {.first = ScanPass::kInt8, .second = other, .reason = PassReason::kFastest};
+            int8.largest_survivor_share = gained * measured.exact / static_cast<double>(n_queries) /
+                                          (1.0 + kPairElements / static_cast<double>(keys.cols));
+            int8.n_keys_before = keys_before(input, state);
+            if (sample.int8_survivors(int8.n_keys_before) <= int8.largest_survivor_share) {
+                return int8;
+            }
+            return {.first = other, .second = other, .reason = PassReason::kWideMargin};
         },
         input.keys);
 }

@@ -35,6 +35,8 @@ class RunningHits {
 
     void take(std::int64_t query, const Hit& hit);
 
+    std::int64_t k() const { return k_; }
+
     // In no order.
     const std::vector<Hit>& of(std::int64_t query) const { return hits_[static_cast<std::size_t>(query)]; }
     // One per padded query: a score below it cannot enter. Infinite where there is no query to find hits for.

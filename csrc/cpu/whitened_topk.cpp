@@ -50,6 +50,9 @@ ScanReport merge_reports(const std::vector<ScanWorker>& workers) {
         for (std::size_t pass = 0; pass < total.pass_keys.size(); ++pass) {
             total.pass_keys[pass] += part.pass_keys[pass];
         }
+        for (std::size_t reason = 0; reason < total.reason_keys.size(); ++reason) {
+            total.reason_keys[reason] += part.reason_keys[reason];
+        }
     }
     return total;
 }
@@ -110,7 +113,7 @@ ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLeve
     REP_FAST_CHECK(kept == nullptr || kept->queries().data == input.queries.data, "the packings are of other queries");
     QueryPackings own(input.queries);
     QueryPackings& packings = kept != nullptr ? *kept : own;
-    const PassChoice choice = choose_pass(input, state, kernels, packings);
+    const PassChoice choice = choose_pass(input, state, kernels);
     return std::visit(
         [&](const auto& keys) {
             BlockScan scan(input, keys, packings, choice, kernels, n_threads);

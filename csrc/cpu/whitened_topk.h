@@ -23,6 +23,12 @@ namespace rep_fast {
 enum class ScanPass : int { kFloat64 = 0, kFloat32 = 1, kBf16 = 2, kBf16Twice = 3, kInt8 = 4 };
 inline constexpr std::array<const char*, 5> kScanPassNames = {"fp64", "fp32", "bf16", "bf16x2", "int8"};
 
+// Why keys went through the pass they did.
+enum class PassReason : int { kAskedFor = 0, kOnlyOne = 1, kFastest = 2, kWideMargin = 3, kGaveUp = 4 };
+inline constexpr std::array<const char*, 5> kPassReasons = {
+    "asked for by name", "the only pass for these keys and this processor", "fastest by the rates measured here",
+    "int8 would let too many pairs through, by a sample", "int8 let too many pairs through"};
+
 // Position p is excluded for query i if last_tokens[i] occurs at p, p−1, …, p−window inside p's sequence.
 struct LastTokenRule {
     std::span<const std::int64_t> token_ids = {};        // one per key; empty: the rule is off
@@ -62,6 +68,7 @@ struct ScanReport {
     std::int64_t first_nonfinite_key = -1;                           // row number
     std::int64_t n_rescored = 0;                                     // pairs scored in float64
     std::array<std::int64_t, kScanPassNames.size()> pass_keys = {};  // keys that each pass went over
+    std::array<std::int64_t, kPassReasons.size()> reason_keys = {};  // and why
 };
 
 // Throws Error when sizes do not fit together, or a pass is asked for by name where the keys or the level have none.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rep_fast.ops.native import stream_number
 from rep_fast.ops.scan_products import PreparedQueries, approximate_scores, choose_chunk_rows
-from rep_fast.ops.topk_state import PASSES
+from rep_fast.ops.topk_state import PASSES, REASONS
 
 _CACHE_BYTES = 32 << 20  # where the device does not tell
 
@@ -68,7 +68,8 @@ def scan_on_gpu(
 
 
 def _counts(counters: Tensor, scan_pass: str, n_keys: int) -> Tensor:
-    counts = torch.zeros(3 + len(PASSES), dtype=torch.int64, device=counters.device)
+    # why is known where the pass was chosen
+    counts = torch.zeros(3 + len(PASSES) + len(REASONS), dtype=torch.int64, device=counters.device)
     counts[0] = counters[0]
     counts[1] = torch.where(counters[0] > 0, counters[1], -1)
     counts[2] = -1  # pairs scored exactly are not counted here

@@ -13,7 +13,15 @@ from rep_fast.reference.whitened_topk import select_best
 
 # how pairs are ruled out, in the order of the native module's `scan_passes`
 PASSES = ("fp64", "fp32", "bf16", "bf16x2", "int8")
-_STATE_TENSORS = ("counts", "dropped_queries", "exact_scores", "ids", "pass_counts")
+# why, in the order of its `pass_reasons`
+REASONS = (
+    "asked for by name",
+    "the only pass for these keys and this processor",
+    "fastest by the rates measured here",
+    "int8 would let too many pairs through, by a sample",
+    "int8 let too many pairs through",
+)
+_STATE_TENSORS = ("counts", "dropped_queries", "exact_scores", "ids", "pass_counts", "reason_counts")
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class TopK:
         n_nonfinite: keys dropped for a NaN or infinity (only with nonfinite="exclude").
         dropped_queries: [S] bool, queries left out for a NaN or infinity (only with nonfinite="exclude").
         pass_counts: keys that each of `PASSES` went over; the choice changes the cost, never the hits.
+        reason_counts: the same keys by why their pass was taken, one of `REASONS`.
     """
 
     exact_scores: Tensor
@@ -38,6 +47,7 @@ class TopK:
     n_nonfinite: int
     dropped_queries: Tensor
     pass_counts: tuple[int, ...] = (0,) * len(PASSES)
+    reason_counts: tuple[int, ...] = (0,) * len(REASONS)
 
     @staticmethod
     def empty(n_queries: int, k: int, *, device: torch.device | str = "cpu") -> TopK:
@@ -66,6 +76,12 @@ class TopK:
         """[S, k] float32: the exact scores, rounded once."""
         return self.exact_scores.float()
 
+    @property
+    def reason(self) -> str:
+        """Which passes ran, over how many keys, and why; "" before any key."""
+        passes = _listed(PASSES, self.pass_counts)
+        return f"{passes}: {_listed(REASONS, self.reason_counts)}" if passes else ""
+
     def merge(self, other: TopK) -> TopK:
         """The state of both sets of keys together; an id must not occur in both.
 
@@ -84,6 +100,7 @@ class TopK:
             n_nonfinite=self.n_nonfinite + other.n_nonfinite,
             dropped_queries=self.dropped_queries | other.dropped_queries,
             pass_counts=sums(self.pass_counts, other.pass_counts),
+            reason_counts=sums(self.reason_counts, other.reason_counts),
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -94,6 +111,7 @@ class TopK:
             "exact_scores": self.exact_scores,
             "ids": self.ids,
             "pass_counts": torch.tensor(self.pass_counts),
+            "reason_counts": torch.tensor(self.reason_counts),
         }
 
     @staticmethod
@@ -105,17 +123,24 @@ class TopK:
         """
         if sorted(tensors) != list(_STATE_TENSORS):
             raise HparamError(f"TopK: needs the tensors {', '.join(_STATE_TENSORS)}, got {', '.join(sorted(tensors))}")
-        counts, dropped, scores, ids, passes = (tensors[name] for name in _STATE_TENSORS)
+        counts, dropped, scores, ids, passes, reasons = (tensors[name] for name in _STATE_TENSORS)
         shapes_fit = scores.dim() == 2 and scores.shape == ids.shape and dropped.shape == scores.shape[:1]
-        shapes_fit = shapes_fit and counts.shape == (2,) and passes.shape == (len(PASSES),)
-        dtypes = (counts.dtype, dropped.dtype, scores.dtype, ids.dtype, passes.dtype)
-        if not shapes_fit or dtypes != (torch.int64, torch.bool, torch.float64, torch.int64, torch.int64):
+        shapes_fit = shapes_fit and counts.shape == (2,)
+        shapes_fit = shapes_fit and passes.shape == (len(PASSES),) and reasons.shape == (len(REASONS),)
+        integers_fit = all(tensor.dtype == torch.int64 for tensor in (counts, ids, passes, reasons))
+        if not shapes_fit or not integers_fit or (dropped.dtype, scores.dtype) != (torch.bool, torch.float64):
             described = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in sorted(tensors.items()))
             raise HparamError(f"TopK: the tensors do not fit together: {described}")
         n_keys_seen, n_nonfinite = counts.tolist()
-        return TopK(scores, ids, n_keys_seen, n_nonfinite, dropped, tuple(passes.tolist()))
+        return TopK(scores, ids, n_keys_seen, n_nonfinite, dropped, tuple(passes.tolist()), tuple(reasons.tolist()))
 
 
 def sums(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
     """Entry by entry."""
     return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _listed(names: Sequence[str], counts: Sequence[int]) -> str:
+    """The names that occur, each with its number of keys where there are several."""
+    found = [(name, count) for name, count in zip(names, counts, strict=True) if count]
+    return ", ".join(name if len(found) == 1 else f"{name} ({count} keys)" for name, count in found)

@@ -17,9 +17,9 @@ _NO_ID = torch.iinfo(torch.int64).max
 class UnreadTopK(TopK):
     """A `TopK` whose kernels may still be running.
 
-    `k`, `n_keys_seen` and `pass_counts` are known; everything else is read from the device when it is first asked for,
-    and what the scan must refuse is raised then. Feeding it to the next block reads nothing, so that blocks follow
-    each other without waiting. Pickles as the plain state.
+    `k`, `n_keys_seen`, `pass_counts` and `reason_counts` are known; everything else is read from the device when it is
+    first asked for, and what the scan must refuse is raised then. Feeding it to the next block reads nothing, so that
+    blocks follow each other without waiting. Pickles as the plain state.
 
     Args:
         hits: the state with n_nonfinite of keys that were counted before.
@@ -48,6 +48,7 @@ class UnreadTopK(TopK):
                 n_nonfinite=hits.n_nonfinite + n_nonfinite,
                 dropped_queries=hits.dropped_queries,
                 pass_counts=hits.pass_counts,
+                reason_counts=hits.reason_counts,
             )
             self.__dict__["_read"] = read
         return read
@@ -66,6 +67,11 @@ class UnreadTopK(TopK):
     def pass_counts(self) -> tuple[int, ...]:  # type: ignore[override]
         """Keys that each pass went over."""
         return self.unread.pass_counts
+
+    @property
+    def reason_counts(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Those keys by why their pass was taken."""
+        return self.unread.reason_counts
 
     @property
     def exact_scores(self) -> Tensor:  # type: ignore[override]

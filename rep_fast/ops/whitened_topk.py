@@ -22,7 +22,7 @@ from rep_fast.ops.scan_exclusion import LastTokenExclusion, PairExclusion, descr
 from rep_fast.ops.scan_on_gpu import scan_on_gpu
 from rep_fast.ops.scan_products import pass_on_gpu, prepare_queries
 from rep_fast.ops.scan_queries import ScanQueries
-from rep_fast.ops.topk_state import PASSES, TopK, sums
+from rep_fast.ops.topk_state import PASSES, REASONS, TopK, sums
 from rep_fast.ops.unread_topk import UnreadTopK, no_counters, with_block
 from rep_fast.reference import whitened_topk as reference
 
@@ -67,10 +67,10 @@ def whitened_topk(
         precision: the pass that rules pairs out; the hits are the same, at another cost. "fp64" scores every pair in
             float64, "fp32" multiplies in float32, "bf16" in bfloat16 with the queries rounded once, "bf16x2" with their
             high and low halves (bfloat16 keys and AVX-512 BF16), "int8" in integers, both sides rounded with a random
-            dither (AVX-512 VNNI). "auto" takes the fastest on this processor whose error bound, on a sample, lets
-            little more through than must be; int8 gives way to the next one when more than 2 % of the pairs come
-            through after all. On a GPU there is no int8, "bf16x2" also takes other keys, in two halves, and "auto" is
-            "bf16", or "bf16x2" for those. `TopK.pass_counts` tells what ran.
+            dither (AVX-512 VNNI). "auto" takes what costs least by this processor's measured rates and the pairs
+            that each pass's error bound lets through on a sample; int8 gives way to the next one when more come
+            through after all than its speed is worth. On a GPU there is no int8, "bf16x2" also takes other keys, in two
+            halves, and "auto" is "bf16", or "bf16x2" for those. `TopK.reason` tells what ran and why.
         nonfinite: "raise", or "exclude" to leave out and count rows with a NaN or infinity.
         delta: probability, over the draw of the int8 pass's dither, that its bound fails for any pair of a scan of up
             to 2⁴⁰ keys; the other passes' bounds hold always.
@@ -107,9 +107,11 @@ def whitened_topk(
         found = _scanned(chosen, keys, queries, rows, hits, options)
     if chosen.is_cuda:
         scan_pass = pass_on_gpu(precision, keys.dtype)
-        return _unread(before, found, len(keys), first_id, scan_pass, is_refused=nonfinite == "raise")
+        reason = REASONS[1 if precision == "auto" else 0]
+        return _unread(before, found, len(keys), first_id, (scan_pass, reason), is_refused=nonfinite == "raise")
     scores, ids, dropped, counts = found
-    n_nonfinite, first_nonfinite, _, *passes = counts.tolist()
+    n_nonfinite, first_nonfinite, _, *by_pass_and_reason = counts.tolist()
+    passes, reasons = by_pass_and_reason[: len(PASSES)], by_pass_and_reason[len(PASSES) :]
     if nonfinite == "raise":
         _check_finite(n_nonfinite, first_id + first_nonfinite, first_nonfinite, dropped)
     return TopK(
@@ -119,6 +121,7 @@ def whitened_topk(
         n_nonfinite=before.n_nonfinite + n_nonfinite,
         dropped_queries=before.dropped_queries | dropped,
         pass_counts=sums(before.pass_counts, passes),
+        reason_counts=sums(before.reason_counts, reasons),
     )
 
 
@@ -163,11 +166,11 @@ def _unread(
     found: tuple[Tensor, Tensor, Tensor, Tensor],
     n_keys: int,
     first_id: int,
-    scan_pass: str,
+    choice: tuple[str, str],
     *,
     is_refused: bool,
 ) -> UnreadTopK:
-    """The state after a block on a GPU, which has perhaps not been worked on yet."""
+    """The state after a block on a GPU, which has perhaps not been worked on yet; `choice`: its pass and the reason."""
     scores, ids, dropped, counts = found
     if isinstance(before, UnreadTopK):
         hits, counters = before.unread, before.counters
@@ -179,7 +182,8 @@ def _unread(
         n_keys_seen=hits.n_keys_seen + n_keys,
         n_nonfinite=hits.n_nonfinite,
         dropped_queries=hits.dropped_queries | dropped,
-        pass_counts=sums(hits.pass_counts, [n_keys * (name == scan_pass) for name in PASSES]),
+        pass_counts=sums(hits.pass_counts, [n_keys * (name == choice[0]) for name in PASSES]),
+        reason_counts=sums(hits.reason_counts, [n_keys * (reason == choice[1]) for reason in REASONS]),
     )
     return UnreadTopK(seen, with_block(counters, counts[0], counts[1], first_id), _check_finite if is_refused else None)
 
@@ -259,7 +263,7 @@ def _native_scan(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     new_scores, new_ids, dropped, counts = _outputs(keys, queries, scores, ids, **options)
-    *found, pass_keys = module.whitened_topk(
+    *found, pass_keys, reason_keys = module.whitened_topk(
         keys=keys,
         queries=queries,
         scores=new_scores.copy_(scores),
@@ -270,7 +274,7 @@ def _native_scan(
         level=level,
         n_threads=native.n_threads(),
     )
-    return new_scores, new_ids, dropped, counts.copy_(torch.tensor([*found, *pass_keys]))
+    return new_scores, new_ids, dropped, counts.copy_(torch.tensor([*found, *pass_keys, *reason_keys]))
 
 
 @_whitened_topk.register_fake
@@ -293,8 +297,9 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Checks and allocation, shared by the fake and the kernels.
 
-    Returns scores [S, k] float64, ids [S, k] int64, dropped queries [S] bool, and counts [3 + len(PASSES)] int64: keys
-    dropped, the first of them (row number or −1), pairs scored in float64, keys that each pass went over.
+    Returns scores [S, k] float64, ids [S, k] int64, dropped queries [S] bool, and counts
+    [3 + len(PASSES) + len(REASONS)] int64: keys dropped, the first of them (row number or −1), pairs scored in float64,
+    keys that each pass went over, the same by why.
     """
     _check_matrices(keys, queries)
     _check_device(keys, "queries", queries)
@@ -303,7 +308,7 @@ def _outputs(
         torch.empty(scores.shape, dtype=torch.float64, device=keys.device),
         torch.empty(ids.shape, dtype=torch.int64, device=keys.device),
         torch.empty(queries.shape[:1], dtype=torch.bool, device=keys.device),
-        torch.empty(3 + len(PASSES), dtype=torch.int64, device=keys.device),
+        torch.empty(3 + len(PASSES) + len(REASONS), dtype=torch.int64, device=keys.device),
     )
 
 

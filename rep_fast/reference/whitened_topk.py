@@ -47,7 +47,8 @@ def whitened_topk(
     first_bad = bad[:1] if bad.numel() else bad.new_full((1,), -1)
     n_rescored = bad.new_full((1,), keys.shape[0] * queries.shape[0])
     pass_keys = bad.new_tensor([keys.shape[0], 0, 0, 0, 0])  # every pair in float64, the first of the passes
-    counts = torch.cat([bad.new_full((1,), bad.numel()), first_bad, n_rescored, pass_keys])
+    reason_keys = bad.new_tensor([0, keys.shape[0], 0, 0, 0])  # there is no other here
+    counts = torch.cat([bad.new_full((1,), bad.numel()), first_bad, n_rescored, pass_keys, reason_keys])
     return scores, ids, query_dropped, counts
 
 

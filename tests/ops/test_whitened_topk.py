@@ -20,8 +20,8 @@ from scan_checks import (
 from torch import Tensor
 
 from rep_fast import errors
-from rep_fast.ops import LastTokenExclusion
-from rep_fast.ops.topk_state import PASSES
+from rep_fast.ops import LastTokenExclusion, TopK
+from rep_fast.ops.topk_state import PASSES, REASONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:whitened_topk. the plain torch body serves")
 
@@ -81,6 +81,22 @@ def test_the_pass_that_ran_is_told(scan_level: str) -> None:
     merged = result.merge(whitened_topk(keys, queries, 5, precision="fp64", first_id=300))
     assert same_bits(merged, second)
     assert merged.pass_counts == second.pass_counts
+
+
+def test_the_reason_is_told(scan_level: str) -> None:
+    keys, queries = random_block(300, 20, 256, dtype=torch.bfloat16)
+    result = whitened_topk(keys, queries, 5)
+    (chosen,) = (name for name, count in zip(PASSES, result.pass_counts, strict=True) if count)
+    # the level's name may hold a pass, which is then asked for
+    possible = (REASONS[0], *REASONS[2:]) if has_dot_products() else REASONS[1:2]
+    assert result.reason in [f"{chosen}: {reason}" for reason in possible]
+    assert TopK.empty(20, 5).reason == ""
+    second = whitened_topk(keys[:100], queries, 5, precision="fp64", state=result, first_id=300)
+    assert sum(second.reason_counts) == second.n_keys_seen == 400
+    if scan_level in ("portable", "avx2", "avx512"):
+        assert second.reason == f"fp64 (100 keys), fp32 (300 keys): {REASONS[0]} (100 keys), {REASONS[1]} (300 keys)"
+    merged = result.merge(whitened_topk(keys[:100], queries, 5, precision="fp64", first_id=300))
+    assert merged.reason_counts == second.reason_counts
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16x2"])

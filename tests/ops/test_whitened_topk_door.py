@@ -10,7 +10,7 @@ from scan_checks import random_block, whitened_topk
 
 from rep_fast import errors
 from rep_fast.ops import LastTokenExclusion, PairExclusion, TopK, native, profile
-from rep_fast.ops.topk_state import PASSES
+from rep_fast.ops.topk_state import PASSES, REASONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:whitened_topk. the plain torch body serves")
 
@@ -67,7 +67,7 @@ def test_arguments_that_do_not_fit(scan_level: str, changed: dict[str, Any], mes
         (lambda: TopK.empty(2, 1).merge(TopK.empty(2, 2)), r"differ, \(2, 1\) and \(2, 2\)"),
         (
             lambda: TopK.from_tensors({"ids": STARTS}),
-            "needs the tensors counts, dropped_queries, exact_scores, ids, pass_counts",
+            "needs the tensors counts, dropped_queries, exact_scores, ids, pass_counts, reason_counts",
         ),
         (lambda: TopK.from_tensors(TopK.empty(2, 1).to_tensors() | {"ids": STARTS}), "the tensors do not fit together"),
     ],
@@ -112,3 +112,4 @@ def test_passes_are_the_native_modules() -> None:
     if module is None:
         pytest.skip("needs the native module")
     assert list(PASSES) == module.scan_passes
+    assert list(REASONS) == module.pass_reasons

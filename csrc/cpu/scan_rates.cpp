@@ -1,4 +1,4 @@
-#include "cpu/product_rates.h"
+#include "cpu/scan_rates.h"
 
 #include <algorithm>
 #include <chrono>
@@ -25,7 +25,31 @@ double best_rate(double operations, const Work& work) {
     return best;
 }
 
-ProductRates measured_rates() {
+// Of work on rows of keys as wide as those of many models.
+ScanRates row_rates(const WhitenedTopkKernels& kernels) {
+    constexpr std::int64_t kWidth = 4096;
+    constexpr auto kElements = static_cast<double>(kWidth);
+    const std::vector<BFloat16> row(static_cast<std::size_t>(kWidth), BFloat16{0x3f80});
+    const std::vector<float> query(static_cast<std::size_t>(kWidth), 1.0f);
+    std::vector<float> widened(static_cast<std::size_t>(kWidth));
+    volatile double used = 0.0;  // or the compiler may drop the work
+    ScanRates rates;
+    rates.widen = best_rate(kElements, [&] { used = kernels.rows.bf16.widen(row.data(), kWidth, widened.data()); });
+    rates.exact = best_rate(kElements, [&] { used = kernels.rows.bf16.exact_score(row.data(), query.data(), kWidth); });
+    if (kernels.int8_products != nullptr) {
+        const QuantiseKernels<BFloat16>& of_key = kernels.int8_products->rows.bf16;
+        const std::vector<std::int32_t> dither(static_cast<std::size_t>(kWidth));
+        std::vector<std::uint8_t> bytes(static_cast<std::size_t>(kWidth));
+        rates.quantise = best_rate(kElements, [&] {
+            const float largest = of_key.largest(row.data(), query.data(), kWidth);
+            used = static_cast<double>(
+                of_key.quantise(row.data(), query.data(), dither.data(), largest, kWidth, bytes.data()));
+        });
+    }
+    return rates;
+}
+
+ScanRates measured_rates() {
     constexpr std::int64_t kTiles = 16;
     constexpr std::int64_t kPanels = 4;
     constexpr std::int64_t kKeys = kTiles * kTileKeys;
@@ -40,7 +64,7 @@ ProductRates measured_rates() {
     float* const scores = score_buffer.reserve(kKeys * kQueries);
     std::fill(keys, keys + kKeys * kWidenedStride, 1.0f);
     std::fill(panels, panels + kQueries * kBlockDepth, 1.0f);
-    ProductRates rates;
+    ScanRates rates = row_rates(kernels);
     rates.float32 = best_rate(kOperations, [&] {
         kernels.float32.multiply(keys, kTiles, panels, kPanels, kPanelQueries * kBlockDepth, kBlockDepth, scores,
                                  kQueries, true);
@@ -68,8 +92,8 @@ ProductRates measured_rates() {
 
 }  // namespace
 
-ProductRates product_rates() {
-    static const ProductRates rates = measured_rates();
+ScanRates scan_rates() {
+    static const ScanRates rates = measured_rates();
     return rates;
 }
 
