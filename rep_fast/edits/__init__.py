@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rep_fast.edits.accumulate import accumulate
-from rep_fast.edits.applying import AppliedEdit, active_composition, replacements_at, without_replacements
+from rep_fast.edits.applying import AppliedEdit, active_composition, replacements_at, undo_all, without_replacements
 from rep_fast.edits.codebook import Codebook
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.dense import Dense
@@ -37,5 +37,6 @@ __all__ = [
     "prune",
     "rect",
     "replacements_at",
+    "undo_all",
     "without_replacements",
 ]

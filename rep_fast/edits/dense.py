@@ -69,4 +69,5 @@ class Dense:
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dense:
         """The same delta on another device or in another dtype."""
-        return Dense(self.matrix.to(device=device, dtype=dtype))
+        matrix = self.matrix.to(device=device, dtype=dtype)
+        return self if matrix is self.matrix else Dense(matrix)  # a new one would be read through for NaN again

@@ -107,6 +107,8 @@ class KeyAdapter:
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KeyAdapter:
         """The same adapter on another device or in another dtype."""
+        if not any(part.requires_grad or part.to(device=device, dtype=dtype) is not part for part in self.weights):
+            return self
         parts = {name: getattr(self.weights, name).detach().to(device=device, dtype=dtype) for name in PARTS}
         return KeyAdapter(AdapterWeights(**parts), self.tau, self.trained_for, self.notes)
 

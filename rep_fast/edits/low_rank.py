@@ -117,4 +117,5 @@ class LowRank:
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
         """The same delta on another device or in another dtype."""
-        return LowRank(self.left.to(device=device, dtype=dtype), self.right.to(device=device, dtype=dtype))
+        left, right = (part.to(device=device, dtype=dtype) for part in (self.left, self.right))
+        return self if left is self.left and right is self.right else LowRank(left, right)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rep_fast.edits.applying import AppliedEdit, Compose, Mode
+from rep_fast.edits.applying import AppliedEdit, Compose, Mode, undo_all
 from rep_fast.edits.edit import Edit
 from rep_fast.errors import CorruptFileError, FingerprintError, HparamError, MissingFileError, OutputError
 from rep_fast.safe_files import write_atomically
@@ -137,8 +137,13 @@ class EditStack:
     @contextmanager
     def applied(self, lm: EditableLM, mode: Mode = "hook") -> Iterator[list[AppliedEdit]]:
         """All edits are active inside the `with` block, in order."""
-        with ExitStack() as active:
-            yield [active.enter_context(edit.applied(lm, mode, compose=self.compose)) for edit in self.edits(lm)]
+        handles: list[AppliedEdit] = []
+        try:
+            for edit in self.edits(lm):
+                handles.append(edit.apply(lm, mode, compose=self.compose))
+            yield handles
+        finally:
+            undo_all(handles)
 
     def _new_name(self, edit: Edit) -> str:
         taken = [*self.files, *(path.name for path in self.directory.glob("*/*.safetensors"))]

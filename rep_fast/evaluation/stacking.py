@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rep_fast.edits import AppliedEdit, Edit
+from rep_fast.edits import AppliedEdit, Edit, undo_all
 from rep_fast.evaluation.case_scorer import CASE_ERRORS, CaseScorer
 from rep_fast.evaluation.protocol import Protocol
 from rep_fast.evaluation.records import CaseRecord, RecordKey
@@ -310,9 +310,9 @@ class Group:
 
 
 def _undo(handles: list[Any]) -> None:
-    """Take edits back, the last one first; the list is empty afterwards."""
-    while handles:
-        handles.pop().undo()
+    """Take edits back, all at once; the list is empty afterwards."""
+    undo_all(handles)
+    handles.clear()
 
 
 def _with_seconds(record: CaseRecord, **seconds: float) -> CaseRecord:

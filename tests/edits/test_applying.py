@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rep_fast.edits import Edit, KeyAdapter, LowRank, ModuleEdit
+from rep_fast.edits import Edit, KeyAdapter, LowRank, ModuleEdit, applying, undo_all
 from rep_fast.errors import FingerprintError, HparamError, LayerError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM
@@ -125,6 +125,36 @@ def test_undo_in_any_order_leaves_no_trace(
         handles[number].undo()
     assert_clean(lm, before)
     assert torch.equal(logits(lm), clean)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_undoing_several_at_once_rebuilds_each_module_once(
+    build_lm: Callable[..., EditableLM], monkeypatch: pytest.MonkeyPatch, mode: Any
+) -> None:
+    lm, other = build_lm("llama", dtype=torch.bfloat16), build_lm("gpt2")
+    before, other_before = state(lm), state(other)
+    stays = random_edit(lm, (1,), 9)
+    with stays.applied(lm, mode):
+        alone, alone_state = logits(lm), state(lm)
+    gone = random_edit(lm, (0,), 8).apply(lm, mode)
+    gone.undo()
+    handles = [random_edit(lm, (0, 1), n).apply(lm, mode) for n in range(2)]
+    kept = stays.apply(lm, mode)
+    handles.append(random_edit(lm, (1, 2), 3).apply(lm, mode))
+    elsewhere = random_edit(other, (1,), 4).apply(other, mode)
+    rebuilt: list[tuple[int, str]] = []
+    hold = applying.PatchedModule.hold
+    monkeypatch.setattr(
+        applying.PatchedModule, "hold", lambda self, **parts: (rebuilt.append(self._place), hold(self, **parts))
+    )
+    undo_all([gone, handles[2], handles[0], elsewhere, handles[1], handles[0]])
+    assert sorted(rebuilt) == [(0, "down"), (1, "down"), (1, "down"), (2, "down")]  # one of them the other model's
+    assert lm.active_edits == [kept]
+    assert torch.equal(logits(lm), alone)
+    assert all(torch.equal(tensor, alone_state[name]) for name, tensor in state(lm).items())
+    undo_all([kept])
+    assert_clean(lm, before)
+    assert_clean(other, other_before)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rep_fast.edits import Delta, Dense, Edit, KeyAdapter, ModuleEdit, Slices
+from rep_fast.edits import Delta, Dense, Edit, KeyAdapter, LowRank, ModuleEdit, Slices
 from rep_fast.edits.kinds import KINDS
 from rep_fast.errors import HparamError, LayerError, NonFiniteError
 from rep_fast.facts import Fact
@@ -167,6 +167,14 @@ def test_every_kind_and_the_vectors_survive_the_file(tmp_path: Path) -> None:
         assert torch.equal(mine.delta.to_dense(), theirs.delta.to_dense())
         assert mine.vectors.keys() == theirs.vectors.keys()
         assert all(torch.equal(mine.vectors[name], theirs.vectors[name]) for name in mine.vectors)
+
+
+def test_what_has_the_wanted_dtype_already_is_not_made_again() -> None:
+    """A stack of edits is put together anew with each further one: reading every matrix for NaN would be its cost."""
+    matrix = torch.ones(3, 4)
+    for change in (Dense(matrix), LowRank(matrix, matrix.T), KeyAdapter.initial(4, rank=2)):
+        assert change.to(device="cpu", dtype=torch.float32) is change
+        assert change.to(dtype=torch.float64) is not change
 
 
 def test_files_know_every_kind() -> None:
