@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from rep_fast.edits.accumulate import accumulate
-from rep_fast.edits.applying import AppliedEdit, active_composition, replacements_at, undo_all, without_replacements
+from rep_fast.edits.applying import (
+    AppliedEdit,
+    active_composition,
+    replacements_at,
+    undo_all,
+    with_native_keys,
+    without_replacements,
+)
 from rep_fast.edits.codebook import Codebook
 from rep_fast.edits.delta import Delta
 from rep_fast.edits.dense import Dense
@@ -38,5 +45,6 @@ __all__ = [
     "rect",
     "replacements_at",
     "undo_all",
+    "with_native_keys",
     "without_replacements",
 ]

@@ -186,6 +186,17 @@ def without_replacements(lm: EditableLM, place: Place) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def with_native_keys(lm: EditableLM, place: Place) -> Iterator[None]:
+    """Inside, no adapter acts at one module; its deltas do."""
+    patched = lm.active_edits[0]._modules.get(place) if lm.active_edits else None
+    if patched is None:
+        yield
+        return
+    with patched.native():
+        yield
+
+
 class PatchedModule:
     """One linear module with everything the active edits put around and into it."""
 
@@ -232,6 +243,8 @@ class PatchedModule:
             self._after = self._after.remove()
 
     def _adapt(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not self._adapters:  # inside `native`
+            return args
         return (adapted(args[0], self._adapters, compose=self._compose), *args[1:])
 
     def _change(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -259,6 +272,15 @@ class PatchedModule:
             yield
         finally:
             self._replacements = held
+
+    @contextmanager
+    def native(self) -> Iterator[None]:
+        """Adapters do not act inside."""
+        held, self._adapters = self._adapters, []
+        try:
+            yield
+        finally:
+            self._adapters = held
 
     @torch.no_grad()
     def _merge(self, deltas: Sequence[Delta]) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rep_fast.edits import Edit, KeyAdapter, active_composition
+from rep_fast.edits import Edit, KeyAdapter, active_composition, with_native_keys
 from rep_fast.errors import HparamError
 from rep_fast.models import EditableLM
 from rep_fast.ops import AdapterWeights
@@ -93,7 +93,8 @@ def _train_layer(
     seed: int,
 ) -> Edit:
     """The edit with the adapter of one layer; keys are read from the model as it stands."""
-    keys = cache_keys(lm, edit, layer, forms, pool, templates=templates, hparams=hparams, seed=seed)
+    with _as_composed(lm, layer):
+        keys = cache_keys(lm, edit, layer, forms, pool, templates=templates, hparams=hparams, seed=seed)
     start = KeyAdapter.initial(
         lm.key_width(layer), rank=hparams.rank, gate_hidden=hparams.gate_hidden(lm.key_width(layer)), tau=hparams.tau,
         seed=seed, trained_for=(forms.fact.subject,),
@@ -280,6 +281,12 @@ def _edited_layers(edit: Edit) -> list[int]:
             "REP is trained for edits of one fact by a locate-and-edit method"
         )
     return sorted(edit.layers)
+
+
+def _as_composed(lm: EditableLM, layer: int) -> AbstractContextManager[None]:
+    """The layer's keys are what its new adapter will be handed: in a chain what the adapters of earlier edits leave,
+    native ones where all adapters act on the same key (methods §6.5)."""
+    return nullcontext() if active_composition(lm) == "chain" else with_native_keys(lm, (layer, "down"))
 
 
 def _active_below(lm: EditableLM, edit: Edit, layer: int, *, with_adapters: bool) -> AbstractContextManager[object]:

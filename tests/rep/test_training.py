@@ -222,6 +222,25 @@ def test_a_layer_is_trained_on_the_keys_it_will_meet(
     assert not torch.allclose(clean.positives, keys.positives, atol=1e-3)
 
 
+@pytest.mark.parametrize("compose", ["chain", "argmax", "sum"])
+def test_an_adapter_is_trained_on_the_keys_its_composition_hands_it(
+    tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool, compose: Any
+) -> None:
+    """methods §6.5: behind an earlier edit's adapter in a chain, on native keys where all adapters see the same key."""
+    width = tiny_llama.key_width(LAYER)
+    start = KeyAdapter.initial(width, rank=2, tau=0.0)
+    b = torch.randn(start.weights.b.shape, generator=torch.Generator().manual_seed(0))
+    earlier = ModuleEdit(LAYER, None, (KeyAdapter(start.weights._replace(b=b), tau=0.0),))
+    options: Any = {"pools": {LAYER: pool}, "templates": TEMPLATES, "hparams": dataclasses.replace(HPARAMS, steps=3)}
+    native = train_adapters(tiny_llama, rome_edit, forms, **options)
+    with Edit((), "earlier", {}, tiny_llama.fingerprint, (earlier,)).applied(tiny_llama, compose=compose):
+        behind = tiny_llama.keys([FACT.text], [LAYER])[LAYER]
+        trained = train_adapters(tiny_llama, rome_edit, forms, **options)
+        assert torch.equal(tiny_llama.keys([FACT.text], [LAYER])[LAYER], behind)  # the earlier adapter is back
+    pairs = zip(trained.module(LAYER).adapters[0].weights, native.module(LAYER).adapters[0].weights, strict=True)
+    assert all(torch.equal(one, two) for one, two in pairs) == (compose != "chain")
+
+
 def test_refusals(tiny_llama: EditableLM, rome_edit: Edit, forms: SubjectForms, pool: NegativePool) -> None:
     def train(edit: Edit, **changes: Any) -> Edit:
         options = {"pools": {LAYER: pool}, "templates": TEMPLATES, "hparams": HPARAMS, **changes}
