@@ -204,6 +204,8 @@ class Workbench:
                 self.templates(hparams.template_style, seed)
             for layer in hparams.layers if "calibrated" in objectives else ():
                 self.negative_pool(layer)
+        for seed in seeds if objectives else ():
+            self.templates("rome", seed)  # adapters are trained behind these, whatever style the editors take
 
     def edit(
         self,

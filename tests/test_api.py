@@ -277,6 +277,21 @@ def test_steps_hand_past_keys_on(tiny_llama: EditableLM, tmp_path: Path) -> None
     assert not torch.equal(later.modules[1].delta.right, forgetful.modules[1].delta.right)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("objective", ["paper", "calibrated"])
+def test_a_resumed_step_trains_an_adapter_over_the_edits_that_stand(
+    build_lm: Any, tmp_path: Path, objective: str
+) -> None:
+    """MEMIT draws templates of its own style; those of the adapters cannot be drawn once edits are active."""
+    lm = build_lm("llama", dtype=torch.float64)
+    before = api.Workbench(lm, text=TEXT, overrides=SMALL, cache_dir=tmp_path / "before")
+    first = before.edit(FIVE[0], method="memit")
+    resumed = api.Workbench(lm, text=TEXT, overrides=SMALL, cache_dir=tmp_path / "resumed")
+    (write,) = resumed.steps(["memit"], [objective]).values()
+    with first.applied(lm):
+        made = write([FIVE[1]], 0, (first,))
+    assert [len(module.adapters) for module in made.modules] == [1]
+
+
 def test_a_bare_fact_gets_surface_forms_or_the_names_it_is_given(bench: api.Workbench) -> None:
     by_itself = bench.edit(FACT, rep=True)
     assert by_itself.modules[0].adapters[0].notes["forms"] == "surface forms"
