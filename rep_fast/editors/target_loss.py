@@ -62,6 +62,7 @@ class TargetLoss:
 
     @property
     def n_facts(self) -> int:
+        """Facts whose mean the loss is."""
         return len(self.inputs)
 
     def __call__(self, logits: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ class GroupTexts:
 
     @property
     def n_rows(self) -> int:
+        """Token rows, the KL prompt among them."""
         return len(self.rows)
 
     @property

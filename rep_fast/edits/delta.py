@@ -25,7 +25,9 @@ class Delta(Protocol):
     kind: ClassVar[str]
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs) of the linear map that is changed."""
+        ...
 
     def on_rows(self, inputs: Tensor) -> Tensor:
         """ΔW x for every row: [..., inputs] → [..., outputs], in the delta's dtype."""

@@ -103,6 +103,7 @@ class KeyAdapter:
 
     @property
     def rank(self) -> int:
+        """r, the width between A and B."""
         return self.weights.a.shape[0]
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KeyAdapter:

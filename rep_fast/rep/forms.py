@@ -85,6 +85,7 @@ class LocatedTexts:
 
     @classmethod
     def of(cls, lm: EditableLM, texts: Sequence[tuple[str, str]]) -> LocatedTexts:
+        """The texts of (prompt with a `{}`, subject) pairs, as `EditableLM.locate_all` places them."""
         found = lm.locate_all(texts)
         return cls(tuple(one.ids for one in found), tuple(one.position for one in found))
 
