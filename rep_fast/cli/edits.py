@@ -130,7 +130,7 @@ def transform(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Put edits together into one and let PRUNE or RECT bound what it does to the weights."""
+    """Put edits together into one, its sum bounded by PRUNE or each of them by RECT."""
     with opened(as_json=as_json, debug=debug) as screen:
         from rep_fast.edits import Edit, EditStack
         from rep_fast.evaluation import Transform

@@ -90,7 +90,7 @@ def evaluate(
         typer.Option(
             "--transform",
             metavar="T",
-            help="Ask about each group's accumulated update after prune, prune:BASE, rect or rect:PERCENT.",
+            help="prune or prune:BASE of each group's accumulated update, rect or rect:PERCENT of each edit.",
         ),
     ] = None,
     keep_edits: Annotated[

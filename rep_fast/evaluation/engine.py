@@ -62,15 +62,15 @@ def evaluate_regime(
         keep_edits: leave the edits of finished groups in `out_dir`/edits.
         settings: hyper-parameters of the columns, stored with the run; a resumed run must have the same.
         ceiling_of: column whose v* makes the extra column "ceiling" (`oracle.oracle_patch`); regime single only.
-        transform: done to the sum of a group's edits each time it is asked about, PRUNE for example; each edit is made
-            on the untransformed ones before it.
+        transform: RECT of each edit when it is made, or PRUNE of the sum of a group's edits each time it is asked
+            about, each edit then being made on the untransformed ones before it.
         references: new target → texts about it, which consistency compares generated texts with.
         progress: called as progress(done, total) after each evaluation, and each edit of a stacked regime.
     Returns:
         Summary of all records, in percent. The model's weights are bit-identical to what they were.
     Raises:
         HparamError: edits are active, a column has a reserved or unknown name, no seed, no column, a ceiling of stacked
-            edits, or references without generated texts.
+            edits, references without generated texts, or a transform of edits that change no weight.
         RecordError: no cases, or two with the same case_id.
         MissingDependencyError: texts are to be generated and nltk is not installed.
         OutputError, RunMismatchError, CorruptFileError: see `RunDirectory`.
@@ -124,6 +124,8 @@ def _described(
         "columns": list(names),
         "ceiling_of": ceiling_of,
         "transform": None if transform is None else transform.name,
+        # absent from runs that took RECT of the sum, so that none of those goes on with RECT of each update
+        **({"transform_of_each": True} if transform is not None and transform.of_each else {}),
         "seeds": list(seeds),
         "text": None if text is None else text.name,
         "text_digest": None if text is None else text.digest,

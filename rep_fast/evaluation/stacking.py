@@ -178,18 +178,38 @@ class Group:
 
     @contextmanager
     def _transformed(self, handles: list[Any]) -> Iterator[None]:
-        """With a transform, its one edit stands in place of the group's edits for a while; those are made as ever."""
+        """With a transform of sums, its one edit stands in place of the group's edits for a while."""
         setting = self._setting
-        if setting.transform is None or not self.edits:
+        if setting.transform is None or setting.transform.of_each or not self.edits:
             yield
             return
+        with self._taken_back(handles):
+            instead = self._applied(setting.transform(self.edits, setting.lm))
+            try:
+                yield
+            finally:
+                instead.undo()
+
+    @contextmanager
+    def _taken_back(self, handles: list[Any]) -> Iterator[None]:
+        """The model is clean for a while; after an error it stays so."""
         _undo(handles)
-        instead = self._applied(setting.transform(self.edits, setting.lm))
-        try:
-            yield
-        finally:
-            instead.undo()
+        yield
         handles += map(self._applied, self.edits)
+
+    def _transformed_update(self, edit: Edit, handles: list[Any]) -> Edit:
+        """A fresh edit as the group keeps it: with a transform of updates, what that leaves of it."""
+        setting = self._setting
+        if setting.transform is None:
+            return edit
+        setting.transform.check(edit)
+        if not setting.transform.of_each:
+            return edit
+        with self._taken_back(handles):
+            clock = Clock(setting.lm)
+            changed = setting.transform.change(edit, setting.lm)
+            seconds = edit.notes[EDIT_SECONDS] + clock.lap()
+        return dataclasses.replace(changed, notes={**changed.notes, EDIT_SECONDS: seconds})
 
     def _applied(self, edit: Edit) -> AppliedEdit:
         return edit.apply(self._setting.lm, self._setting.protocol.mode, compose=self._setting.protocol.compose)
@@ -203,6 +223,7 @@ class Group:
             edit = self._made(self._askable(step))
         if edit is not None:
             if made:
+                edit = self._transformed_update(edit, handles)
                 self._stored.save(number, edit)
             clock = Clock(setting.lm)
             handles.append(self._applied(edit))

@@ -132,7 +132,8 @@ class Summary:
     def label(self) -> str:
         """Regime and number of edits in words."""
         transform = self.settings.get("transform")
-        changed = "" if transform is None else f", their sum transformed by {transform}"
+        what = "each update" if self.settings.get("transform_of_each") else "their sum"
+        changed = "" if transform is None else f", {what} transformed by {transform}"
         return f"regime {self.regime}, {self.n_edits} record{'s'[: self.n_edits != 1]} written to one model{changed}"
 
     def checkpoint_tables(self, *, metrics: Sequence[str] | None = MAIN_METRICS) -> list[Table]:
