@@ -21,6 +21,7 @@ from rep_fast.evaluation.protocol import Protocol, perturb_case
 from rep_fast.evaluation.questions import (
     PERTURBED_GROUPS,
     CaseQuestion,
+    asks_questions,
     case_questions,
     edited_neighbours,
     neighbour_questions,
@@ -123,6 +124,7 @@ class CaseScorer:
             generated=generated,
             consistency=consistency,
             neighbours_left_out=len(planned.left_out),
+            asks_questions=asks_questions(case),
             **labels,
         )
 

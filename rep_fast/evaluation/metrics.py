@@ -123,7 +123,7 @@ _ns = _paired("locality", "kept", "new", _wins)
 
 def _about_questions(compute: Callable[[Records], Measured]) -> Callable[[Records], Measured]:
     """Of records whose neighbours are questions: those of zsRE."""
-    return lambda records: compute([record for record in records if "question" in record.scores])
+    return lambda records: compute([record for record in records if record.is_of_questions])
 
 
 def _fluency(kind: str) -> Callable[[Records], Measured]:

@@ -77,6 +77,11 @@ def neighbour_questions(case: EditCase, *, without: Collection[str] = ()) -> lis
     return asked
 
 
+def asks_questions(case: EditCase) -> bool:
+    """Whether neighbours are questions with an answer, as in zsRE; those that are left out count too."""
+    return bool(case.neighborhood_target) and any(map(_is_question, case.neighborhood_prompts))
+
+
 def edited_neighbours(case: EditCase, edited: Collection[str]) -> tuple[str, ...]:
     """Neighbour prompts that, as they stand or as the question with its mark, are among the `edited` prompts."""
     if not case.neighborhood_target:

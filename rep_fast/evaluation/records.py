@@ -61,7 +61,8 @@ class CaseRecord:
     could not be written among them; a failure stands where its group ends. `generated`: texts the edited model wrote,
     where that was asked for, and `consistency` of them with texts about the new target. `neighbours_left_out`: how many
     neighbour prompts were not asked because the group edits them (`Protocol.edited_neighbours`); None where that was
-    not counted.
+    not counted. `asks_questions`: whether the case's neighbours are questions (zsRE), asked or left out; None in older
+    records, where the scores tell.
     """
 
     seed: int
@@ -75,11 +76,17 @@ class CaseRecord:
     generated: tuple[GeneratedText, ...] = ()
     consistency: float | None = None
     neighbours_left_out: int | None = None
+    asks_questions: bool | None = None
 
     @property
     def key(self) -> RecordKey:
         """What identifies the record in a run."""
         return (self.seed, self.case_id, self.column, self.n_edits)
+
+    @property
+    def is_of_questions(self) -> bool:
+        """Whether zsRE's metrics are about this record."""
+        return "question" in self.scores if self.asks_questions is None else self.asks_questions
 
     def prompts(self, group: str, role: str) -> tuple[PromptScore, ...]:
         """Scores of one group and role, () where the case has none."""
@@ -102,6 +109,7 @@ class CaseRecord:
             **({"generated": [dataclasses.asdict(text) for text in self.generated]} if self.generated else {}),
             **({} if self.consistency is None else {"consistency": self.consistency}),
             **({} if self.neighbours_left_out is None else {"neighbours_left_out": self.neighbours_left_out}),
+            **({} if self.asks_questions is None else {"asks_questions": self.asks_questions}),
         }
 
     @classmethod
@@ -122,6 +130,7 @@ class CaseRecord:
             generated=tuple(GeneratedText(**text) for text in data.get("generated", ())),
             consistency=data.get("consistency"),
             neighbours_left_out=data.get("neighbours_left_out"),
+            asks_questions=data.get("asks_questions"),
         )
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rep_fast.errors import RunMismatchError
 from rep_fast.evaluation import METRICS, Protocol, Regime, evaluate_regime
 from rep_fast.evaluation.questions import edited_neighbours
+from rep_fast.evaluation.records import CaseRecord
 from rep_fast.facts import EditCase, Fact
 
 OTHER = "Zürich belongs to the continent of"
@@ -86,6 +87,15 @@ def test_a_question_is_left_out_with_its_mark_and_without(tiny_llama64):
     only_edited = dataclasses.replace(first, neighborhood_prompts=first.neighborhood_prompts[:1])
     alone = evaluate(tiny_llama64, [only_edited, second])["random"]
     assert not {"locality", "zsre_specificity"} & set(alone)
+    # the record stays one of zsRE
+    assert alone["zsre_efficacy"].n == dropped["zsre_efficacy"].n == asked["zsre_efficacy"].n == 1
+
+
+def test_older_records_are_zsre_s_where_a_question_was_scored(tiny_llama64, tmp_path):
+    evaluate(tiny_llama64, make_question_pair(), out_dir=tmp_path / "run")
+    lines = lines_of(tmp_path / "run")
+    assert {case_id: line.pop("asks_questions") for case_id, line in lines.items()} == {1: True, 2: False}
+    assert [CaseRecord.from_json(lines[case_id]).is_of_questions for case_id in (1, 2)] == [True, False]
 
 
 @pytest.mark.parametrize(
