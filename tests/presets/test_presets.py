@@ -102,6 +102,40 @@ def test_parity_preset() -> None:
     assert preset.section("rep-paper")["consistency"] == 50000
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in preset_names() if name.endswith(("-official", "-original", "-paper", "-easyedit"))]
+)
+def test_presets_of_published_code_ask_edited_neighbours_as_it_does(name: str) -> None:
+    assert Protocol.of_preset(load_preset(name)).edited_neighbours == "ask"
+
+
+@pytest.mark.parametrize("name", ["default", "factworld", "llama3"])
+def test_our_presets_leave_edited_neighbours_out(name: str) -> None:
+    assert Protocol.of_preset(load_preset(name)).edited_neighbours == "drop"
+
+
+def test_layers_of_the_official_code() -> None:
+    """methods §1: where REP-code edits other layers than the rest of the field."""
+    found, ours = load_preset("rep-official"), load_preset("default")
+    for family in ("llama", "mistral"):
+        assert (hparams_of(found, "grace", family).layer, hparams_of(ours, "grace", family).layer) == (31, 27)
+    assert hparams_of(found, "grace", "qwen2").layer == 18
+    assert hparams_of(found, "pmet", "gptj").layers == (3, 4, 5, 6, 7)
+    assert hparams_of(found, "pmet", "gptj").value == hparams_of(ours, "pmet", "gptj").value
+
+
+@pytest.mark.parametrize("method", ["rome", "r-rome", "memit", "memit-cache", "emmet", "alphaedit"])
+def test_the_paper_s_adapters_look_for_the_whitened_direction(method: str) -> None:
+    """methods §16: |·| around the similarity, no dropout, contexts of 512 tokens on both sides."""
+    preset = load_preset("rep-paper")
+    assert preset.section("rep")["objective"] == "paper"
+    values = preset.section("rep-paper", family="llama", method=method)
+    assert (values["target"], values["absolute"], values["dropout"]) == ("whitened", True, 0.0)
+    assert (values["steps"], values["lr"], values["batch"], values["consistency"]) == (10, 5e-4, 15, 5e4)
+    protocol = Protocol.of_preset(preset)
+    assert (protocol.n_words, protocol.long_in, protocol.long_out) == (384, 5, 5)
+
+
 def test_like_takes_another_section_as_start() -> None:
     preset = Preset("x", {"a": {"p": 1, "q": 2, "by_family": {"gpt2": {"p": 7}}}, "b": {"like": "a", "q": 3}})
     assert preset.section("b") == {"p": 1, "q": 3}
