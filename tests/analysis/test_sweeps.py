@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -105,7 +104,7 @@ def test_a_threshold_changes_nothing_but_the_threshold(bench: Workbench) -> None
     edit = bench.edit(CASE, rep=True)
     retuned = with_threshold(edit, 0.3)
     (old,), (new,) = edit.modules[0].adapters, retuned.modules[0].adapters
-    assert new == dataclasses.replace(old, tau=0.3) or new.weights is old.weights
+    assert new.weights is old.weights
     assert (new.tau, new.trained_for, new.notes) == (0.3, old.trained_for, old.notes)
     assert with_threshold(bench.edit(CASE), 0.3).modules[0].adapters == ()
 
