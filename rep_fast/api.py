@@ -69,6 +69,7 @@ class Workbench:
             will be evaluated, nor a text made of them.
         cache_dir: where moments and templates are kept, default `$REP_FAST_CACHE`.
         progress: called as progress(label, done, total) during the long steps.
+        allow_conflicts: let one edit take facts that say two things with the same words, also where the preset does not.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class Workbench:
         negatives: Sequence[Fact] | None = None,
         cache_dir: str | Path | None = None,
         progress: Progress | None = None,
+        allow_conflicts: bool = False,
     ) -> None:
         self.lm = lm
+        self._allow_conflicts = allow_conflicts
         self.world = factworld.world_of(lm.name)
         self._text = text
         self._has_own_text = text is None
@@ -113,7 +116,14 @@ class Workbench:
 
     def hparams(self, method: str) -> Any:
         """Hyper-parameters of an editor for this model."""
-        return editors.get(method).hparams(self.lm, preset=self.preset, overrides=self._overrides["editor"])
+        editor, overrides = editors.get(method), self._overrides["editor"]
+        if self._allow_conflicts and "allow_conflicts" in field_names(editor.hparams_type):
+            overrides = {**overrides, "allow_conflicts": True}
+        return editor.hparams(self.lm, preset=self.preset, overrides=overrides)
+
+    def allows_conflicts(self, methods: Sequence[str]) -> bool:
+        """Whether each of these methods takes contradicting facts in one edit."""
+        return all(getattr(self.hparams(method), "allow_conflicts", self._allow_conflicts) for method in methods)
 
     def rep_hparams(self, objective: str | None = None, *, method: str | None = None) -> RepHparams:
         """REP settings for the edits of a method (None: what holds for all); objective None is the preset's default."""

@@ -77,6 +77,9 @@ def evaluate(
     shuffle: Annotated[
         bool, typer.Option("--shuffle", help="Let each seed shuffle the records before they are grouped.")
     ] = False,
+    allow_conflicts: Annotated[
+        bool, typer.Option("--allow-conflicts", help="Let one edit take records that contradict each other.")
+    ] = False,
     ask_edited_neighbours: Annotated[
         bool,
         typer.Option(
@@ -123,7 +126,7 @@ def evaluate(
     chosen_seeds = [seed] if seed is not None else numbers(seeds, "--seeds")
     _check_out(out, resume=resume, keep_edits=keep_edits)
     with opened(as_json=as_json, debug=debug) as screen:
-        from rep_fast.evaluation import Transform, evaluate_regime, read_references
+        from rep_fast.evaluation import Transform, check_contradictions, evaluate_regime, read_references
 
         stacking = _regime(regime, evaluate_every=evaluate_every, ceiling=ceiling)
         shown = _shown_metrics(metrics, all_metrics=all_metrics, generated=fluency or references is not None)
@@ -135,8 +138,13 @@ def evaluate(
         chosen = choose_cases(screen, lm, cases, split=split, limit=limit, skip_bad=skip_bad)
         if (note := stacking.note(len(chosen))) is not None:
             screen.say(note)
-        bench = open_workbench(screen, lm, text=text, preset=preset, overrides=overrides, layer=layer, moments=moments)
+        bench = open_workbench(
+            screen, lm, text=text, preset=preset, overrides=overrides, layer=layer, moments=moments,
+            allow_conflicts=allow_conflicts,
+        )  # fmt: skip
         methods, objectives = names(method), _objectives(rep, rep_objective)
+        if not bench.allows_conflicts(methods):
+            check_contradictions(chosen, stacking)
         if ceiling and methods:
             _check_ceiling_method(bench, methods[0])
         described = bench.settings(methods, objectives)
@@ -157,6 +165,7 @@ def evaluate(
         )  # fmt: skip
         watch.lap("evaluate")
         _show(screen, summary, shown, out)
+        _check_edited(summary, n_asked=len(chosen) * len(chosen_seeds))
         screen.answer(as_json_object(model, len(chosen), chosen_seeds, summary, watch))
 
 
@@ -285,6 +294,19 @@ def _show(screen: Screen, summary: Summary, shown: list[str] | None, out: Path |
     _say_failures(screen, summary)
     if out is not None:
         screen.show(f"every result is in {out}: results.jsonl, summary.json, summary.csv")
+
+
+def _check_edited(summary: Summary, *, n_asked: int) -> None:
+    """Refuse to call a run done in which no column edited any record.
+
+    Raises:
+        RecordError: the first reason is named.
+    """
+    from rep_fast.errors import RecordError
+
+    if all(len(own) >= n_asked for own in summary.failures.values()):
+        reason = next(message for own in summary.failures.values() for message in own)
+        raise RecordError(f"no record could be edited, so nothing was measured; the first reason: {reason}")
 
 
 def _say_failures(screen: Screen, summary: Summary) -> None:

@@ -42,6 +42,7 @@ def open_workbench(
     overrides: Mapping[str, Any] | None = None,
     layer: int | tuple[int, ...] | None = None,
     moments: Path | None = None,
+    allow_conflicts: bool = False,
 ) -> Workbench:
     """A workbench whose long steps show on the screen; `layer`: instead of the preset's, or several.
 
@@ -54,7 +55,10 @@ def open_workbench(
 
     if isinstance(layer, tuple):  # by the name that editors of one layer can refuse
         overrides, layer = {**(overrides or {}), "layers": layer}, None
-    bench = Workbench(lm, text=text, preset=preset, overrides=overrides, layer=layer, progress=screen.progress)
+    bench = Workbench(
+        lm, text=text, preset=preset, overrides=overrides, layer=layer, progress=screen.progress,
+        allow_conflicts=allow_conflicts,
+    )  # fmt: skip
     if moments is not None:
         bench.use_moments(SecondMoments.load(moments, lm))
     return bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rep_fast.evaluation.contradictions import check_contradictions
 from rep_fast.evaluation.engine import cases_digest, check_ceiling, evaluate_regime
 from rep_fast.evaluation.fluency import read_references
 from rep_fast.evaluation.metrics import GENERATED, METRICS, PROTOCOL_OF, Metric, measure
@@ -41,6 +42,7 @@ __all__ = [
     "case_questions",
     "cases_digest",
     "check_ceiling",
+    "check_contradictions",
     "evaluate_regime",
     "evaluate_single",
     "measure",

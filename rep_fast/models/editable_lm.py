@@ -90,8 +90,17 @@ class EditableLM(LayeredModel):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config, safetensors weights and tokenizer; `from_pretrained` reads them back to the same fingerprint.
 
-        Merged edits are part of the weights, edits applied by hook are not.
+        Merged edits are part of the weights.
+
+        Raises:
+            OutputError: edits are active by hook, which no weight file holds, or the directory cannot be written.
         """
+        hooked = sum(handle.mode == "hook" for handle in self.active_edits)
+        if hooked:
+            raise OutputError(
+                f"{hooked} active edits run beside the weights of {self.name} and would be missing in {directory}; write "
+                "them in for good with edit.merge_into(lm), or undo them first"
+            )
         try:
             with no_weight_bars():
                 self.model.save_pretrained(directory)

@@ -9,7 +9,7 @@ import pytest
 from rep_fast.api import Workbench
 from rep_fast.cli.evaluate import CEILING_METHODS
 from rep_fast.editors import names as editor_names
-from rep_fast.errors import HparamError
+from rep_fast.errors import HparamError, NothingToEditError
 from rep_fast.evaluation.oracle import wanted_value
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM
@@ -296,3 +296,42 @@ def test_batch_methods_write_several_records(rep_fast, command, regime):
     assert done.code == 0, done.err
     assert (done.json["regime"], done.json["n_edits"]) == (regime, 2)
     assert done.json["metrics"]["memit"]["success"]["n"] == 2
+
+
+@pytest.fixture
+def contradicting(case_file):
+    """Records 0 and 1 say two things with the same words."""
+    records = json.loads(case_file.read_text())[:2]
+    records[1] |= {key: records[0][key] for key in ("prompt", "subject")} | {"target_new": "Asia"}
+    case_file.write_text(json.dumps(records))
+
+
+@pytest.mark.usefixtures("contradicting")
+@pytest.mark.parametrize("method", ["memit", "ft"])
+def test_records_that_contradict_each_other_are_refused_by_name(rep_fast, command, settings, method):
+    quick = settings if method == "memit" else ["--layers", "1", "--set", "ft_steps=2"]
+    batch = [*command[: -len(settings)], *quick, "--method", method, "--regime", "batch:2"]
+    refused = rep_fast(*batch)
+    assert refused.code == 1
+    assert "cases 0 and 1 contradict each other in one edit" in refused.err
+    assert "'Antarctica' and 'Asia'; leave one out, or take both with --allow-conflicts" in refused.err
+    allowed = rep_fast(*batch, "--allow-conflicts", "--json")
+    assert allowed.code == 0, allowed.err
+    assert allowed.json["metrics"][method]["success"]["n"] == 2
+
+
+@pytest.mark.usefixtures("contradicting")
+def test_records_of_different_edits_may_contradict_each_other(rep_fast, command):
+    assert rep_fast(*command, "--method", "memit").code == 0
+
+
+def test_a_run_that_edited_nothing_has_failed(rep_fast, command, monkeypatch):
+    def refuse(self, *_args, **_options):
+        raise NothingToEditError("the model already answers so")
+
+    assert rep_fast(*command).code == 0
+    monkeypatch.setattr(Workbench, "edit", refuse)
+    done = rep_fast(*command)
+    assert done.code == 1
+    assert "no record could be edited, so nothing was measured; the first reason: case 0" in done.err
+    assert "the model already answers so" in done.err.splitlines()[-1]

@@ -134,6 +134,20 @@ def test_a_merged_edit_is_part_of_the_stored_model(
     assert loaded.fingerprint == lm.fingerprint
 
 
+def test_a_model_whose_edits_run_beside_its_weights_is_not_stored_without_them(
+    build_lm: Callable[..., EditableLM], tmp_path: Path
+) -> None:
+    lm = build_lm("llama")
+    edit = every_linear(lm)
+    with edit.applied(lm), pytest.raises(OutputError, match=r"1 active edits run beside .* edit\.merge_into\(lm\)"):
+        lm.save_pretrained(tmp_path / "hooked")
+    assert not (tmp_path / "hooked").exists()
+    with edit.applied(lm, mode="merge"):
+        expected = lm.logits([TEXT])
+        lm.save_pretrained(tmp_path / "merged")
+    assert torch.equal(EditableLM.from_pretrained(tmp_path / "merged").logits([TEXT]), expected)
+
+
 def test_what_cannot_be_merged(build_lm: Callable[..., EditableLM]) -> None:
     lm = build_lm("llama")
     before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
