@@ -69,7 +69,7 @@ class Workbench:
             will be evaluated, nor a text made of them.
         cache_dir: where moments and templates are kept, default `$REP_FAST_CACHE`.
         progress: called as progress(label, done, total) during the long steps.
-        allow_conflicts: let one edit take facts that say two things with the same words, also where the preset does not.
+        allow_conflicts: let one edit take facts that say two things with the same words, whatever the preset says.
     """
 
     def __init__(

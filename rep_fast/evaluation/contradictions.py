@@ -28,5 +28,6 @@ def _check_step(step: Sequence[EditCase]) -> None:
         if other.fact.target_new != fact.target_new:
             raise RecordError(
                 f"cases {other.case_id} and {case.case_id} contradict each other in one edit: {fact.text!r} cannot be "
-                f"both {other.fact.target_new!r} and {fact.target_new!r}; leave one out, or take both with --allow-conflicts"
+                f"both {other.fact.target_new!r} and {fact.target_new!r}; leave one out, or take both with "
+                "--allow-conflicts"
             )

@@ -98,8 +98,8 @@ class EditableLM(LayeredModel):
         hooked = sum(handle.mode == "hook" for handle in self.active_edits)
         if hooked:
             raise OutputError(
-                f"{hooked} active edits run beside the weights of {self.name} and would be missing in {directory}; write "
-                "them in for good with edit.merge_into(lm), or undo them first"
+                f"{hooked} active edits run beside the weights of {self.name} and would be missing in {directory}; "
+                "write them in for good with edit.merge_into(lm), or undo them first"
             )
         try:
             with no_weight_bars():
