@@ -13,7 +13,7 @@ from typing import Any
 from rep_fast.edits import Edit
 from rep_fast.errors import HparamError, RecordError
 from rep_fast.evaluation.case_scorer import CASE_ERRORS, CaseScorer, pre_edit
-from rep_fast.evaluation.fluency import References
+from rep_fast.evaluation.fluency import WORDS, References
 from rep_fast.evaluation.protocol import DEFAULT_PROTOCOL, NOT_WRITTEN_DOWN, Protocol
 from rep_fast.evaluation.records import CaseRecord
 from rep_fast.evaluation.regime import Regime
@@ -130,6 +130,8 @@ def _described(
         "text": None if text is None else text.name,
         "text_digest": None if text is None else text.digest,
         "references_digest": None if references is None else _digest(references),
+        # absent from runs whose fluency is of other words, so that none of those goes on with these
+        **({"fluency_words": WORDS} if protocol.generated_tokens else {}),
         "protocol": dataclasses.asdict(protocol),
         "hparams": dict(settings or {}),
     }

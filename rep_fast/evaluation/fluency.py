@@ -21,6 +21,8 @@ from rep_fast.models import EditableLM
 
 # as in the published runs: length of a text with its prompt, and of the sampler
 N_TOKENS, TOP_K = 100, 5
+# how texts become words; runs with generated texts write it down
+WORDS = "per sentence"
 _WORD = re.compile(r"\b\w\w+\b")
 
 
@@ -37,17 +39,19 @@ def fluency(words: Sequence[str]) -> float:
 
 
 def word_tokenizer() -> Callable[[str], list[str]]:
-    """NLTK's word tokenizer on the whole text as one line, which needs none of NLTK's downloaded data.
+    """The two steps of `nltk.word_tokenize`, sentences and then their words, without NLTK's downloaded data.
+
+    The sentence splitter is untrained: it knows no abbreviations, so that a full stop after "Mr" is a word of its own.
 
     Raises:
         MissingDependencyError: nltk is not installed.
     """
     try:
-        from nltk.tokenize import NLTKWordTokenizer
+        from nltk.tokenize import NLTKWordTokenizer, PunktSentenceTokenizer
     except ImportError as error:
         raise MissingDependencyError('fluency needs nltk; install it with pip install "rep-fast[metrics]"') from error
-    tokenize: Callable[[str], list[str]] = NLTKWordTokenizer().tokenize
-    return tokenize
+    sentences, words = PunktSentenceTokenizer(), NLTKWordTokenizer()
+    return lambda text: [word for sentence in sentences.tokenize(text) for word in words.tokenize(sentence)]
 
 
 @dataclass(frozen=True)

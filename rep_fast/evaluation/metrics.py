@@ -155,6 +155,7 @@ def _perturbed(kind: str, side: str, words: str) -> Metric:
     return Metric(name, "REP", f"EM of the new target {words}, {domain}, per prompt", _micro(name, "new", _exact))
 
 
+_WORDS = "; words as nltk.word_tokenize finds them with a sentence splitter that knows no abbreviations"
 _UNEDITED = "; neighbours that the same group edits are left out, unless the protocol asks them"
 
 METRICS: tuple[Metric, ...] = (
@@ -226,13 +227,13 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "fluency",
         "REP",
-        "n-gram entropy in bits × 100 of the edited prompt's sampled continuation",
+        "n-gram entropy in bits × 100 of the edited prompt's sampled continuation" + _WORDS,
         _fluency("prompt"),
     ),
     Metric(
         "generation_fluency",
         "ROME",
-        "n-gram entropy in bits × 100 of texts sampled from the record's generation prompts",
+        "n-gram entropy in bits × 100 of texts sampled from the record's generation prompts" + _WORDS,
         _fluency("generation"),
     ),
     Metric(

@@ -11,7 +11,14 @@ import pytest
 import torch
 from example_cases import PROTOCOL, TEXT, make_cases, random_edit
 
-from rep_fast.errors import HparamError, MissingDependencyError, MissingFileError, PromptError, RecordError
+from rep_fast.errors import (
+    HparamError,
+    MissingDependencyError,
+    MissingFileError,
+    PromptError,
+    RecordError,
+    RunMismatchError,
+)
 from rep_fast.evaluation import evaluate_single, read_references
 from rep_fast.evaluation.fluency import (
     References,
@@ -52,6 +59,10 @@ def test_words_are_nltks_without_its_data():
     pytest.importorskip("nltk", reason="nltk is not installed")
     words = word_tokenizer()("Slovenia isn't in Asia, is it? (No.)")
     assert words == ["Slovenia", "is", "n't", "in", "Asia", ",", "is", "it", "?", "(", "No", ".", ")"]
+    # a full stop inside the text ends a sentence and is a word; without a trained splitter it is one in "Mr." too
+    words = word_tokenizer()("It is in Asia. Kobe isn't. 3.5 of Mr. Smith")
+    assert words == ["It", "is", "in", "Asia", ".", "Kobe", "is", "n't", ".", "3.5", "of", "Mr", ".", "Smith"]
+    assert word_tokenizer()("") == []
 
 
 def test_without_nltk_the_remedy_is_named(monkeypatch, tiny_llama):
@@ -123,6 +134,11 @@ def test_a_run_writes_texts_only_when_asked(tiny_llama64, tmp_path):
     # the scores beside them are the same
     assert {name: cell for name, cell in summary["random"].items() if name in plain["random"]} == plain["random"]
     assert evaluate_single(lm, cases, columns, resume=True, **options).cells == summary.cells
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings.pop("fluency_words") == "per sentence"
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(RunMismatchError, match=" fluency_words="):
+        evaluate_single(lm, cases, columns, resume=True, **options)
 
 
 def test_references_are_read_from_a_file(tmp_path):
