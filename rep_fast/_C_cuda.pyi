@@ -5,6 +5,24 @@ from torch import Tensor
 bodies: list[str]
 largest_k: int
 
+def gated_adapter_scratch(*, keys: Tensor, weights: list[Tensor], thresholds: list[float], compose: str) -> int: ...
+def gated_adapter(
+    *,
+    keys: Tensor,
+    weights: list[Tensor],
+    thresholds: list[float],
+    compose: str,
+    decides: bool,
+    adapted: Tensor,
+    logits: Tensor,
+    opened: Tensor,
+    tickets: Tensor,
+    scratch: Tensor,
+    stream: int,
+) -> None: ...
+def gate_products(
+    *, products: Tensor, weights: list[Tensor], threshold: float, logits: Tensor, opened: Tensor, stream: int
+) -> None: ...
 def measure_keys(*, keys: Tensor, first_id: int, norms: Tensor, counters: Tensor, stream: int) -> None: ...
 def select_hits(
     *,

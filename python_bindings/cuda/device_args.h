@@ -20,6 +20,15 @@ inline constexpr Place kKernelPlace = Place::kCpu;  // the tests' executor takes
 inline constexpr Place kKernelPlace = Place::kCuda;
 #endif
 
+// Rows of keys or weights, whose dtype the kernel looks up: element (t, i) is data[t * row_stride + i].
+struct RowsArg {
+    const void* data = nullptr;
+    DType dtype = DType::kFloat32;
+    std::int64_t rows = 0;
+    std::int64_t cols = 0;
+    std::int64_t row_stride = 0;
+};
+
 class DeviceArgs {
   public:
     // Throws Error for a tensor that is on no GPU or on another one than those before.
@@ -29,6 +38,22 @@ class DeviceArgs {
                        name << " lies on GPU " << argument.device() << ", the tensors before it on " << *device_);
         device_ = argument.device();
         return argument;
+    }
+
+    // float32, bfloat16 or float16.
+    RowsArg rows(const py::object& tensor, const char* name) {
+        const TensorArg argument = take(tensor, name);
+        switch (argument.dtype()) {
+            case DType::kFloat32:
+                return rows_of<float>(argument);
+            case DType::kBFloat16:
+                return rows_of<BFloat16>(argument);
+            case DType::kFloat16:
+                return rows_of<Float16>(argument);
+            default:
+                throw Error(std::string(name) + " must be float32, bfloat16 or float16, got " +
+                            dtype_name(argument.dtype()));
+        }
     }
 
     template <class T>
@@ -45,6 +70,12 @@ class DeviceArgs {
     int device() const { return device_.value_or(0); }
 
   private:
+    template <class T>
+    static RowsArg rows_of(const TensorArg& argument) {
+        const auto view = argument.matrix<const T>();
+        return {view.data, argument.dtype(), view.rows, view.cols, view.row_stride};
+    }
+
     std::optional<int> device_;
 };
 

@@ -7,24 +7,9 @@
 namespace rep_fast::python {
 namespace {
 
-template <class Key>
-cuda::KeyChunk chunk_of(const TensorArg& keys) {
-    const auto view = keys.matrix<const Key>();
-    return {view.data, keys.dtype(), view.rows, view.cols, view.row_stride};
-}
-
 cuda::KeyChunk chunk_arg(DeviceArgs& args, const py::object& tensor) {
-    const TensorArg keys = args.take(tensor, "keys");
-    switch (keys.dtype()) {
-        case DType::kFloat32:
-            return chunk_of<float>(keys);
-        case DType::kBFloat16:
-            return chunk_of<BFloat16>(keys);
-        case DType::kFloat16:
-            return chunk_of<Float16>(keys);
-        default:
-            throw Error(std::string("keys must be float32, bfloat16 or float16, got ") + dtype_name(keys.dtype()));
-    }
+    const RowsArg keys = args.rows(tensor, "keys");
+    return {keys.data, keys.dtype, keys.rows, keys.cols, keys.row_stride};
 }
 
 std::int64_t length(const py::object& tensor) {

@@ -54,10 +54,12 @@ _library.define(
 def _body(keys: Tensor) -> Backend:
     if keys.dtype != torch.float32:
         return Backend("reference", "only float32 has a native body")
-    return choose(_NAME, keys.device)
+    chosen = choose(_NAME, keys.device)
+    return Backend("reference", "training has native bodies on the CPU alone") if chosen.is_cuda else chosen
 
 
-def _dense_rows(matrix: Tensor) -> Tensor:
+def dense_rows(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows are contiguous, else a copy."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
@@ -68,7 +70,7 @@ def _forward(keys: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tu
         return gelu(hidden) @ w2 + b2, hidden
     logits, hidden = keys.new_empty(1, keys.shape[0]), keys.new_empty(keys.shape[0], w1.shape[0])
     chosen.module.gate_forward(
-        _dense_rows(keys), _dense_rows(w1), b1.contiguous(), w2.contiguous(), float(b2), logits, hidden, chosen.level,
+        dense_rows(keys), dense_rows(w1), b1.contiguous(), w2.contiguous(), float(b2), logits, hidden, chosen.level,
         native.n_threads(),
     )  # fmt: skip
     return logits[0], hidden
@@ -81,7 +83,7 @@ def _gradient(keys: Tensor, hidden: Tensor, w2: Tensor, d_logits: Tensor) -> tup
         return d_hidden.T @ keys, d_hidden.sum(dim=0), d_logits @ gelu(hidden), d_hidden
     d_w1, d_b1, d_w2, d_hidden = _fake_gradient(keys, hidden, w2, d_logits)
     chosen.module.gate_gradient(
-        _dense_rows(keys), _dense_rows(hidden), w2.contiguous(), d_logits.contiguous(), d_w1, d_b1, d_w2, d_hidden,
+        dense_rows(keys), dense_rows(hidden), w2.contiguous(), d_logits.contiguous(), d_w1, d_b1, d_w2, d_hidden,
         chosen.level, native.n_threads(),
     )  # fmt: skip
     return d_w1, d_b1, d_w2, d_hidden

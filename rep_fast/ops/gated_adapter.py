@@ -20,7 +20,8 @@ from rep_fast.errors import HparamError, NonFiniteError
 from rep_fast.ops import native
 from rep_fast.ops.backend import Backend, choose_or_warn
 from rep_fast.ops.changed_rows import ChangedRows
-from rep_fast.ops.gate_gradient import gate_forward
+from rep_fast.ops.gate_gradient import dense_rows, gate_forward
+from rep_fast.ops.gates_on_gpu import gates_on_gpu
 from rep_fast.ops.profile import recorded
 
 COMPOSITIONS = ("chain", "argmax", "sum")
@@ -199,7 +200,11 @@ def _forward(
     chosen = _body(keys, adapters)
     flops = sum(2 * keys.shape[0] * adapter.w1.numel() for adapter in adapters)
     traffic = 2 * keys.nbytes + sum(adapter.w1.nbytes for adapter in adapters)
-    with recorded(_NAME, chosen.name, flops=flops, bytes=traffic):
+    with recorded(_NAME, chosen.name, flops=flops, bytes=traffic, device=keys.device):
+        if chosen.module is not None and chosen.is_cuda:
+            bounds = [_rounded(value, torch.float32) for value in thresholds]
+            adapted, _, opened = gates_on_gpu(chosen.module, keys, adapters, bounds, compose)
+            return adapted, opened
         gates = _Gates.of(keys, adapters, thresholds, chosen, ranked=compose == "argmax")
         if not gates.any_open:
             gates.check_finite()
@@ -330,9 +335,9 @@ def _run_gates(
     logits = torch.empty(len(adapters), keys.shape[0])
     weights = []
     for adapter in adapters:
-        weights += [_dense_rows(adapter.w1), *(part.float().contiguous() for part in adapter[3:])]
+        weights += [dense_rows(adapter.w1), *(part.float().contiguous() for part in adapter[3:])]
     all_finite, n_open = chosen.module.gate_logits(
-        _dense_rows(keys), weights, bounds, logits, chosen.level, native.n_threads()
+        dense_rows(keys), weights, bounds, logits, chosen.level, native.n_threads()
     )
     return logits, all_finite, n_open
 
@@ -346,18 +351,14 @@ def _plain_logits(keys: Tensor, adapters: Sequence[AdapterWeights]) -> Tensor:
     return logits
 
 
-def _dense_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def _moved(rows: Tensor, adapter: AdapterWeights, dtype: torch.dtype, chosen: Backend) -> Tensor:
     """B(A k) of a few rows."""
     if chosen.module is None:
         return _projected(rows, adapter, dtype)
     inner = torch.empty(rows.shape[0], adapter.a.shape[0])
     outer = torch.empty(rows.shape[0], adapter.b.shape[0])
-    for source, weight, product in ((_dense_rows(rows), adapter.a, inner), (inner, adapter.b, outer)):
-        chosen.module.dot_products(source, _dense_rows(weight), product, chosen.level, native.n_threads())
+    for source, weight, product in ((dense_rows(rows), adapter.a, inner), (inner, adapter.b, outer)):
+        chosen.module.dot_products(source, dense_rows(weight), product, chosen.level, native.n_threads())
     return outer
 
 
@@ -369,7 +370,10 @@ def _fake(keys: Tensor, weights: Sequence[Tensor], thresholds: Sequence[float], 
 
 def _forward_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:
     adapters = _unflatten(weights)
-    return _run_gates(keys, adapters, [math.inf], _body(keys, adapters))[0][0]
+    chosen = _body(keys, adapters)
+    if chosen.module is not None and chosen.is_cuda:
+        return gates_on_gpu(chosen.module, keys, adapters, [math.inf], "sum")[1][0]
+    return _run_gates(keys, adapters, [math.inf], chosen)[0][0]
 
 
 def _fake_logits(keys: Tensor, weights: Sequence[Tensor]) -> Tensor:

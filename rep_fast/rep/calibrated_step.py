@@ -41,7 +41,7 @@ def calibrated_step(
     everything = torch.cat([keys, negatives])
     if keys.dtype == torch.float32:
         chosen = choose("gated_adapter", keys.device)
-        if chosen.module is not None:
+        if chosen.module is not None and not chosen.is_cuda:
             return _native(chosen.module, chosen.level, weights, everything, response, hparams, entering)
     return _written_out(weights, everything, response, hparams, entering)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from gate_checks import EPS, KEY_DTYPES, as_bits, logit_bound, random_adapter, random_keys, rows_with_clear_gates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,41 +24,12 @@ def machine_has(level: str) -> bool:
 
 pytestmark = pytest.mark.filterwarnings("ignore:gated_adapter. the plain torch body serves")
 
-KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# half a unit in the last place, relative
-EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # (tokens, width, gate width): ones, primes, beside the tiles of 3 tokens × 8 rows, 16 lanes, panels of 48 rows, blocks
 # of 768 (1536) in depth and of 192 tokens, and both sides of the sizes that choose how keys are read
 SHAPES = (
     (1, 1, 1), (3, 17, 5), (4, 16, 8), (5, 31, 47), (17, 513, 49), (33, 47, 97), (2, 1030, 3), (2, 767, 7), (3, 769, 9),
     (13, 1537, 8), (47, 97, 17), (49, 33, 16), (191, 24, 9), (193, 40, 8), (340, 776, 11),
 )  # fmt: skip
-
-
-def random_adapter(M: int, H: int, *, r: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0) -> AdapterWeights:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int, size: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, dtype=torch.float64, generator=generator) * size).to(dtype)
-
-    root = M**-0.5
-    return AdapterWeights(
-        a=draw(r, M, size=root), b=draw(M, r), w1=draw(H, M, size=root), b1=draw(H), w2=draw(H), b2=draw(1)
-    )
-
-
-def random_keys(T: int, M: int, *, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
-    return torch.randn(T, M, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def logit_bound(keys: Tensor, adapter: AdapterWeights) -> Tensor:
-    """Float32 error of a logit: (M + 4)·2⁻²⁴ of |W₁||k| + |b₁| through GELU (|GELU'| ≤ 1.13), and 8·2⁻²⁴ of each GELU,
-    summed with |w₂|; plain torch also sums H terms in float32."""
-    wide, w1, b1, w2 = keys.double(), adapter.w1.double(), adapter.b1.double(), adapter.w2.double()
-    inner = wide.abs() @ w1.abs().T + b1.abs()
-    activation = torch.nn.functional.gelu(wide @ w1.T + b1).abs()
-    relative = (keys.shape[1] + 4) * 1.13 * inner + (8 + adapter.w1.shape[0]) * activation
-    return 2.0**-24 * (relative @ w2.abs() + adapter.b2.double().abs() + 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -90,23 +62,6 @@ def test_compositions_against_the_reference(level: str, dtype: torch.dtype, comp
     bound = EPS[dtype] * wanted[clear].abs() + 1e-4
     assert bool((error <= bound).all())
     assert 0 < int((found != keys).any(1).sum()) < 70
-
-
-def rows_with_clear_gates(keys: Tensor, adapters: list, tau: list[float], compose: str) -> Tensor:
-    clear = torch.ones(len(keys), dtype=torch.bool)
-    current = keys.double()
-    logits = []
-    for weights, value in zip(adapters, tau, strict=True):
-        z = reference.gate_logits(current, weights)
-        bound = math.log(value / (1 - value))
-        clear &= (z - bound).abs() > 1e-3
-        logits.append(z)
-        if compose == "chain":
-            current = current + (z > bound).unsqueeze(1) * reference.projection(current, weights)
-    if compose == "argmax":
-        two = torch.stack(logits).topk(2, dim=0).values
-        clear &= two[0] - two[1] > 1e-3
-    return clear
 
 
 @pytest.mark.parametrize("compose", COMPOSITIONS)
@@ -153,10 +108,6 @@ def test_shut_rows_keep_their_bits(seed: int, T: int, dtype: torch.dtype, compos
     bound = math.log(0.6 / 0.4)
     native_shut = torch.stack([gate_logits(keys, adapter) for adapter in adapters]).amax(0) < bound - 1e-4
     assert torch.equal(as_bits(mixed[native_shut]), as_bits(keys[native_shut]))
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.int16)
 
 
 @pytest.mark.parametrize("tau", [0.5, 0.9, 0.73, 1e-6, 1 - 1e-6])
