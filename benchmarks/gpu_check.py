@@ -67,7 +67,13 @@ class Outcome:
 def stages() -> list[Stage]:
     """All stages, the ones that must not be missed first."""
     python = sys.executable
-    measured = (("ceilings", 40.0), ("whitened_topk", 60.0), ("gated_adapter", 40.0), ("end_to_end", 200.0))
+    measured = (
+        ("ceilings", 40.0),
+        ("whitened_topk", 60.0),
+        ("gated_adapter", 40.0),
+        ("accumulate_moment", 30.0),
+        ("end_to_end", 200.0),
+    )
     sanitized = [
         Stage(tool, ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, _STAGES_FILE, "small"), 60.0)
         for tool in _SANITIZERS

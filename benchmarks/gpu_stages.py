@@ -25,7 +25,16 @@ from rep_fast.collisions.scan import ScanState
 from rep_fast.collisions.token_blocks import token_blocks
 from rep_fast.facts import MemoryText
 from rep_fast.models import EditableLM
-from rep_fast.ops import AdapterWeights, LastTokenExclusion, ScanQueries, TopK, gated_adapter, whitened_topk
+from rep_fast.ops import (
+    AdapterWeights,
+    LastTokenExclusion,
+    MomentSum,
+    ScanQueries,
+    TopK,
+    accumulate_moment,
+    gated_adapter,
+    whitened_topk,
+)
 from rep_fast.paths.tracing import trace_answers
 from rep_fast.stats import SecondMoments
 
@@ -164,12 +173,38 @@ def gates() -> None:
         )
 
 
+def moment_sums() -> None:
+    """Tokens added to a second moment, beside a library product added to a float32 sum."""
+    ceiling = bf16_rate()
+    for key_dim in (4096, 11008):
+        keys = torch.randn(16384, key_dim, device=DEVICE).bfloat16()
+        total = MomentSum.zeros(key_dim, device=DEVICE)
+        float32 = torch.zeros(key_dim, key_dim, device=DEVICE)
+        want = keys[:, :64].double().T @ keys.double()
+        assert torch.allclose(accumulate_moment(total, keys).lower[:, :64].tril(), want.T.tril(), rtol=1e-4, atol=1.0)
+        ours, peer = seconds(
+            lambda total=total, keys=keys: accumulate_moment(total, keys),
+            lambda float32=float32, keys=keys: float32.add_(torch.mm(keys.T, keys, out_dtype=torch.float32)),
+        )
+        rate = len(keys) * key_dim * (key_dim + 1) / ours
+        row(f"{len(keys)} tokens, M {key_dim}", 1e3 * ours, "ms", peer=1e3 * peer, share=rate / ceiling)
+
+
 def random_adapter(key_dim: int, gate_hidden: int, dtype: torch.dtype, seed: int) -> AdapterWeights:
     """Weights whose gate stays shut, b₂ being −4."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     shapes = ((32, key_dim), (key_dim, 32), (gate_hidden, key_dim), (gate_hidden,), (gate_hidden,))
     drawn = (torch.randn(shape, generator=generator, device=DEVICE) * shape[-1] ** -0.5 for shape in shapes)
     return AdapterWeights(*(part.to(dtype) for part in (*drawn, torch.full((1,), -4.0, device=DEVICE))))
+
+
+def small_moment() -> None:
+    """Keys with a token that does not count, beside float64."""
+    keys = torch.randn(700, 72, device=DEVICE).bfloat16()
+    keys[5, 3] = torch.nan
+    found = accumulate_moment(MomentSum.zeros(72, device=DEVICE), keys, nonfinite="exclude").lower
+    wide = torch.cat([keys[:5], keys[6:]]).double()
+    torch.testing.assert_close(found.tril(), (wide.T @ wide).tril(), rtol=1e-4, atol=1e-2)
 
 
 def small_gates() -> None:
@@ -194,6 +229,7 @@ def small() -> None:
         )
         assert inputs.is_exact(found.ids.cpu()), precision
     small_gates()
+    small_moment()
 
 
 def timed(case: str, run: Callable[[], Any], *, work: int = 0) -> Any:
@@ -279,6 +315,7 @@ STAGES: dict[str, Callable[[], None]] = {
     "ceilings": ceilings,
     "whitened_topk": scan_kernels,
     "gated_adapter": gates,
+    "accumulate_moment": moment_sums,
     "end_to_end": end_to_end,
     "small": small,
 }

@@ -1,12 +1,14 @@
 """Second moments of keys, summed block by block.
 
 C = E[k kᵀ] is the statistic behind every closed-form editor (ROME, MEMIT). A float32 running sum over 1e8 tokens loses
-digits, so blocks of tokens are multiplied in float32 and their products are added in float64.
+digits, so blocks of tokens are multiplied in float32 and their products are added in float64. On a GPU 16-bit keys have
+a kernel, with one look at the counters per call; other keys are torch's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -15,11 +17,13 @@ from rep_fast.errors import BackendError, HparamError, NonFiniteError, SingularM
 from rep_fast.ops import native
 from rep_fast.ops.backend import Backend, choose, choose_or_warn
 from rep_fast.ops.finite import is_finite
+from rep_fast.ops.gate_gradient import dense_rows
+from rep_fast.ops.moment_on_gpu import accumulate_on_gpu, count_tokens
 from rep_fast.ops.profile import recorded
 
 # rows the torch body multiplies in float32 before it adds the product in float64: the error of one entry is at most
 # BLOCK_ROWS · 2⁻²⁴ · Σ|k_i k_j|, while one pass over the float64 sum is paid once per block. The native bodies add 64
-# rows in a chain, and go over the sum once per 2048.
+# rows in a chain, and go over the sum once per 2048; on a GPU once per 4096, with the bound of its kernel's header.
 BLOCK_ROWS = 1024
 PRECISIONS = ("auto", "fp32", "bf16")
 _NAME = "accumulate_moment"
@@ -50,7 +54,7 @@ class MomentSum:
             raise HparamError(f"MomentSum: key width must be at least 1, got {key_dim}")
         lower = torch.zeros(key_dim, key_dim, dtype=torch.float64, device=device)
         chosen = choose(_NAME, lower.device)
-        if chosen.module is not None:
+        if chosen.module is not None and not chosen.is_cuda:
             chosen.module.prefer_huge_pages(lower)
         return cls(lower)
 
@@ -121,22 +125,53 @@ def accumulate_moment(
         NonFiniteError: a NaN or infinity in a token that counts; `total` is then unchanged.
     """
     _check(total, keys, mask, nonfinite, precision)
-    rows = keys.detach() if mask is None else keys.detach()[mask]
-    if not is_finite(rows):
-        finite = torch.isfinite(rows).all(dim=1)
+    tokens = _tokens_that_count(keys.detach(), mask)
+    if tokens.n_nonfinite:
         if nonfinite == "raise":
-            row = int((~finite).nonzero()[0])
-            if mask is not None:
-                row = int(mask.nonzero()[row])
             raise NonFiniteError(
-                f"accumulate_moment: keys hold a NaN or infinity in row {row}; fix them or pass nonfinite='exclude'"
+                f"accumulate_moment: keys hold a NaN or infinity in row {tokens.first_nonfinite};"
+                " fix them or pass nonfinite='exclude'"
             )
-        total.n_nonfinite += int((~finite).sum())
-        rows = rows[finite]
-    if rows.shape[0]:
-        torch.ops.rep_fast.accumulate_moment(total.lower, rows, precision)
-    total.count += rows.shape[0]
+        total.n_nonfinite += tokens.n_nonfinite
+    if tokens.n_counted:
+        torch.ops.rep_fast.accumulate_moment(total.lower, tokens.rows, precision, tokens.counts)
+    total.count += tokens.n_counted
     return total
+
+
+class _Tokens(NamedTuple):
+    """Rows among which `counts` tells those that count (None: all), and what `CountedTokens` knows of them."""
+
+    rows: Tensor
+    counts: Tensor | None
+    n_counted: int
+    n_nonfinite: int = 0
+    first_nonfinite: int = -1
+
+
+def _tokens_that_count(keys: Tensor, mask: Tensor | None) -> _Tokens:
+    chosen = _body(keys)
+    if chosen.module is not None and chosen.is_cuda:
+        keys = dense_rows(keys)
+        return _Tokens(keys, *count_tokens(chosen.module, keys, mask))
+    rows = keys if mask is None else keys[mask]
+    if is_finite(rows):
+        return _Tokens(rows, None, len(rows))
+    finite = torch.isfinite(rows).all(dim=1)
+    first = int((~finite).nonzero()[0])
+    if mask is not None:
+        first = int(mask.nonzero()[first])
+    rows = rows[finite]
+    return _Tokens(rows, None, len(rows), len(finite) - len(rows), first)
+
+
+def _body(keys: Tensor) -> Backend:
+    if keys.dtype == torch.float64:
+        return Backend("reference", "float64 products are torch's")
+    chosen = choose_or_warn(_NAME, keys.device)
+    if chosen.is_cuda and keys.dtype == torch.float32:
+        return Backend("reference", "float32 products on a GPU are torch's")
+    return chosen
 
 
 def _check(total: MomentSum, keys: Tensor, mask: Tensor | None, nonfinite: str, precision: str) -> None:
@@ -164,20 +199,24 @@ def _check_shapes(lower: Tensor, keys: Tensor) -> None:
 
 
 @library.custom_op("rep_fast::accumulate_moment", mutates_args=("lower",))
-def _accumulate_moment(lower: Tensor, keys: Tensor, precision: str) -> None:
+def _accumulate_moment(lower: Tensor, keys: Tensor, precision: str, counts: Tensor | None = None) -> None:
     _check_shapes(lower, keys)
     T, M = keys.shape
     is_double = keys.dtype == torch.float64
-    chosen = Backend("reference", "float64 products are torch's") if is_double else choose_or_warn(_NAME, keys.device)
+    chosen = _body(keys)
     if precision == "bf16" and (chosen.name != "native-avx512_bf16" or keys.dtype != torch.bfloat16):
         raise BackendError(
             "accumulate_moment: precision 'bf16' needs bfloat16 keys and a processor with AVX-512 BF16;"
             " use precision='auto'"
         )
-    with recorded(_NAME, chosen.name, flops=T * M * (M + 1), bytes=keys.nbytes + M * (M + 1) * lower.itemsize):
-        if chosen.module is not None and lower.stride(1) == 1:
-            rows = keys if keys.stride(1) == 1 else keys.contiguous()
-            chosen.module.accumulate_moment(rows, lower, precision, chosen.level, native.n_threads())
+    traffic = keys.nbytes + M * (M + 1) * lower.itemsize
+    with recorded(_NAME, chosen.name, flops=T * M * (M + 1), bytes=traffic, device=keys.device):
+        if chosen.module is not None and chosen.is_cuda and lower.stride(1) == 1:
+            accumulate_on_gpu(chosen.module, lower, dense_rows(keys), counts)
+            return
+        keys = keys if counts is None else keys[counts]
+        if chosen.module is not None and not chosen.is_cuda and lower.stride(1) == 1:
+            chosen.module.accumulate_moment(dense_rows(keys), lower, precision, chosen.level, native.n_threads())
             return
         for block in keys.split(BLOCK_ROWS):
             rows = block.to(torch.float64 if is_double else torch.float32)
@@ -185,5 +224,5 @@ def _accumulate_moment(lower: Tensor, keys: Tensor, precision: str) -> None:
 
 
 @_accumulate_moment.register_fake
-def _(lower: Tensor, keys: Tensor, precision: str) -> None:
+def _(lower: Tensor, keys: Tensor, precision: str, counts: Tensor | None = None) -> None:
     _check_shapes(lower, keys)
