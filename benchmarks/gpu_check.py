@@ -72,6 +72,7 @@ def stages() -> list[Stage]:
         ("whitened_topk", 60.0),
         ("gated_adapter", 40.0),
         ("accumulate_moment", 30.0),
+        ("packed_scores", 30.0),
         ("end_to_end", 200.0),
     )
     sanitized = [

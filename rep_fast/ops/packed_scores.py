@@ -1,12 +1,14 @@
 """Scores of the rows and columns of a weight gradient that is never formed.
 
 For y = xW and g = ∂L/∂y the gradient of the weight is G = xᵀg. Tracing the parameter path of a fact needs one number
-per row and per column of G; all of them follow from x and g (path-editing method, methods §7.3).
+per row and per column of G; all of them follow from x and g (path-editing method, methods §7.3). The tiled pass of
+`zabs` has kernels for the CPU and for GPUs; everything else is torch in float64.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor, library
@@ -15,6 +17,7 @@ from rep_fast.errors import HparamError, NonFiniteError
 from rep_fast.ops import native
 from rep_fast.ops.backend import Backend, choose_or_warn
 from rep_fast.ops.finite import is_finite
+from rep_fast.ops.gate_gradient import dense_rows
 from rep_fast.ops.profile import recorded
 
 SCORES = ("sum", "abs_sum", "l2", "gxw", "zabs")
@@ -183,15 +186,25 @@ def _abs_product_sum(a: Tensor, b: Tensor) -> Tensor:
     is_double = a.dtype == torch.float64
     chosen = Backend("reference", "float64 products are torch's") if is_double else choose_or_warn(_NAME, a.device)
     flops = (2 * a.shape[0] + 2) * a.shape[1] * b.shape[1]
-    with recorded(_NAME, chosen.name, flops=flops, bytes=a.nbytes + b.nbytes + total.nbytes):
+    traffic = a.nbytes + b.nbytes + total.nbytes
+    with recorded(_NAME, chosen.name, flops=flops, bytes=traffic, device=a.device):
         if chosen.module is not None:
-            left, right = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (a, b))
+            left, right = (dense_rows(tensor) for tensor in (a, b))
+            if chosen.is_cuda:
+                _on_gpu(chosen.module, left, right, total)
+                return total
             chosen.module.abs_product_sum(left, right, total, chosen.level, native.n_threads())
             return total
         total.zero_()
         for tile in a.split(_TILE_COLUMNS, dim=1):
             total += (tile.T @ b).abs_().sum(0, dtype=torch.float64)
         return total
+
+
+def _on_gpu(module: ModuleType, a: Tensor, b: Tensor, total: Tensor) -> None:
+    n_bytes = module.abs_product_scratch(n_tokens=a.shape[0], n_left=a.shape[1], n_right=b.shape[1])
+    scratch = torch.empty(-(-n_bytes // 8), dtype=torch.float64, device=a.device)
+    module.abs_product_sum(a=a, b=b, sums=total, scratch=scratch, stream=native.stream_number(a.device))
 
 
 @_abs_product_sum.register_fake
