@@ -73,6 +73,7 @@ def stages() -> list[Stage]:
         ("gated_adapter", 40.0),
         ("accumulate_moment", 30.0),
         ("packed_scores", 30.0),
+        ("spd_solver", 40.0),
         ("end_to_end", 200.0),
     )
     sanitized = [

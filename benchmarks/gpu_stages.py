@@ -30,6 +30,7 @@ from rep_fast.ops import (
     LastTokenExclusion,
     MomentSum,
     ScanQueries,
+    SpdSolver,
     TopK,
     accumulate_moment,
     gated_adapter,
@@ -209,6 +210,34 @@ def scores() -> None:
         row(f"{n_tokens} tokens, 4096 × 11008", 1e3 * own, "ms", peer=1e3 * peer)
 
 
+def random_moment(key_dim: int) -> Tensor:
+    """A second moment of 2 M tokens, float32."""
+    keys = torch.randn(2 * key_dim, key_dim, device=DEVICE)
+    moment = keys.T @ keys / len(keys)
+    return (moment + moment.T) / 2
+
+
+def solves() -> None:
+    """Few right-hand sides with a kept factor, beside torch's solve with a float32 and with a float64 factor."""
+    for key_dim in (4096, 11008):
+        moment = random_moment(key_dim)
+        solver = SpdSolver.factor(moment)
+        narrow, wide = torch.linalg.cholesky(moment), torch.linalg.cholesky(moment.double())
+        for n_columns in (1, 64):
+            b = torch.randn(key_dim, n_columns, device=DEVICE, dtype=torch.float64)
+            found = solver.solve(b, backward_error=1e-13)
+            torch.testing.assert_close(found, torch.cholesky_solve(b, wide), rtol=1e-6, atol=1e-8)
+            rough, refined, narrow_peer, wide_peer = seconds(
+                lambda b=b, own=solver: own.solve_roughly(b),
+                lambda b=b, own=solver: own.solve(b, backward_error=1e-13),
+                lambda b=b, factor=narrow: torch.cholesky_solve(b.float(), factor),
+                lambda b=b, factor=wide: torch.cholesky_solve(b, factor),
+            )
+            case = f"M {key_dim}, {n_columns} columns"
+            row(f"factor alone, {case}", 1e3 * rough, "ms", peer=1e3 * narrow_peer)
+            row(f"refined, {case}", 1e3 * refined, "ms", peer=1e3 * wide_peer)
+
+
 def random_adapter(key_dim: int, gate_hidden: int, dtype: torch.dtype, seed: int) -> AdapterWeights:
     """Weights whose gate stays shut, b₂ being −4."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -231,6 +260,15 @@ def small_scores() -> None:
     a, b = torch.randn(33, 130, device=DEVICE), torch.randn(33, 131, device=DEVICE)
     want = (a.double().T @ b.double()).abs().sum(0)
     torch.testing.assert_close(torch.ops.rep_fast.abs_product_sum(a, b), want, rtol=1e-4, atol=1e-4)
+
+
+def small_solve() -> None:
+    """A solve with refinement, beside float64."""
+    moment = random_moment(130)
+    b = torch.randn(130, 5, device=DEVICE, dtype=torch.float64)
+    torch.testing.assert_close(
+        SpdSolver.factor(moment).solve(b), torch.linalg.solve(moment.double(), b), rtol=1e-6, atol=1e-8
+    )
 
 
 def small_gates() -> None:
@@ -257,6 +295,7 @@ def small() -> None:
     small_gates()
     small_moment()
     small_scores()
+    small_solve()
 
 
 def timed(case: str, run: Callable[[], Any], *, work: int = 0) -> Any:
@@ -344,6 +383,7 @@ STAGES: dict[str, Callable[[], None]] = {
     "gated_adapter": gates,
     "accumulate_moment": moment_sums,
     "packed_scores": scores,
+    "spd_solver": solves,
     "end_to_end": end_to_end,
     "small": small,
 }

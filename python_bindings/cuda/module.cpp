@@ -24,5 +24,6 @@ PYBIND11_MODULE(_C_cuda, m) {
     rep_fast::python::bind_cuda_accumulate_moment(m);
     rep_fast::python::bind_cuda_gated_adapter(m);
     rep_fast::python::bind_cuda_packed_scores(m);
+    rep_fast::python::bind_cuda_spd_solver(m);
     rep_fast::python::bind_cuda_whitened_topk(m);
 }

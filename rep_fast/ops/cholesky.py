@@ -1,10 +1,14 @@
-"""Cholesky factors of a symmetrically scaled matrix, from SciPy's LAPACK on CPU and torch.linalg on GPU, and solves."""
+"""Cholesky factors of a symmetrically scaled matrix, from SciPy's LAPACK on CPU and torch.linalg on GPU, and solves.
+
+Float32 factors are solved with by kernels, on a GPU those for few right-hand sides; the rest is the libraries'.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 
 import torch
 from scipy.linalg import lapack
@@ -12,10 +16,13 @@ from torch import Tensor, library
 
 from rep_fast.ops import native
 from rep_fast.ops.backend import choose
+from rep_fast.ops.gate_gradient import dense_rows
 from rep_fast.ops.profile import recorded
 
 # rows of C that are scaled together: 1.4 MB at M = 11008, so that the second factor meets them in the cache
 _TILE_ROWS = 32
+# right-hand sides that share one read of the matrix on a GPU; more are the library's
+FEW_COLUMNS = 64
 _DTYPE_OF = {"fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -42,11 +49,17 @@ class Factor:
 
     @cached_property
     def inverses(self) -> Tensor | None:
-        """−L_bb⁻¹ of the diagonal blocks, [M, block]; None where no native body solves with this factor."""
-        module = choose("spd_solver", self.lower.device).module
+        """−L_bb⁻¹ of the diagonal blocks, [M, block], L_bb⁻¹ on a GPU; None where no native body solves with this
+        factor."""
+        chosen = choose("spd_solver", self.lower.device)
+        module = chosen.module
         if module is None or self.lower.dtype != torch.float32:
             return None
-        found = torch.empty(len(self.lower), module.solve_block)
+        found = self.lower.new_empty(len(self.lower), module.solve_block)
+        if chosen.is_cuda:
+            stream = native.stream_number(found.device)
+            module.invert_diagonal_blocks(lower=dense_rows(self.lower), inverses=found, stream=stream)
+            return found
         module.invert_diagonal_blocks(self.lower, found, native.n_threads())
         return found
 
@@ -57,13 +70,32 @@ def _cholesky_solve(lower: Tensor, inverses: Tensor, scale: Tensor, b: Tensor) -
     _check_solve(lower, inverses, scale, b)
     M, n = b.shape
     chosen = choose("spd_solver", lower.device)
-    with recorded("spd_solver", chosen.name, flops=2 * M * M * n, bytes=2 * M * M * lower.itemsize + 2 * b.nbytes):
-        if chosen.module is None:
+    traffic = 2 * M * M * lower.itemsize + 2 * b.nbytes
+    with recorded("spd_solver", chosen.name, flops=2 * M * M * n, bytes=traffic, device=b.device):
+        if chosen.module is None or (chosen.is_cuda and n > FEW_COLUMNS):
             return _library_solve(lower, scale, b)
-        columns = b if b.stride(1) == 1 else b.contiguous()
+        columns = dense_rows(b)
         x = torch.empty_like(columns, memory_format=torch.contiguous_format)
+        if chosen.is_cuda:
+            _solve_on_gpu(chosen.module, dense_rows(lower), inverses, scale, columns, x)
+            return x
         chosen.module.cholesky_solve(lower, inverses, scale, columns, x, chosen.level, native.n_threads())
         return x
+
+
+def _solve_on_gpu(
+    module: ModuleType, lower: Tensor, inverses: Tensor, scale: Tensor, columns: Tensor, x: Tensor
+) -> None:
+    n_bytes = module.cholesky_solve_scratch(key_dim=len(lower), n_columns=columns.shape[1])
+    module.cholesky_solve(
+        lower=lower,
+        inverses=inverses,
+        scale=scale,
+        b=columns,
+        x=x,
+        scratch=torch.empty(-(-n_bytes // 8), dtype=torch.int64, device=x.device),
+        stream=native.stream_number(x.device),
+    )
 
 
 @_cholesky_solve.register_fake
@@ -130,9 +162,10 @@ def factorise(matrix: Tensor, *, shift: float, precision: str) -> tuple[Factor |
 
 def _factor_in_place(scaled: Tensor) -> tuple[Tensor | None, int]:
     if scaled.is_cuda:
-        lower, info = torch.linalg.cholesky_ex(scaled)
+        # torch's factors are column-major: the upper one, transposed, is the row-major lower one without a copy
+        transposed, info = torch.linalg.cholesky_ex(scaled.mT, upper=True)
         failed = int(info)
-        return (None, failed - 1) if failed else (lower, -1)
+        return (None, failed - 1) if failed else (transposed.mT, -1)
     potrf = lapack.spotrf if scaled.dtype == torch.float32 else lapack.dpotrf
     upper, failed = potrf(scaled.numpy().T, lower=0, clean=0, overwrite_a=1)
     return (None, int(failed) - 1) if failed else (torch.from_numpy(upper.T), -1)

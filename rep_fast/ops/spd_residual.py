@@ -7,6 +7,8 @@ from torch import Tensor, library
 
 from rep_fast.ops import native
 from rep_fast.ops.backend import choose
+from rep_fast.ops.cholesky import FEW_COLUMNS
+from rep_fast.ops.gate_gradient import dense_rows
 from rep_fast.ops.profile import recorded
 
 # rows of C that the torch body widens to float64 at a time
@@ -19,12 +21,17 @@ def _spd_residual(matrix: Tensor, shift: float, x: Tensor, b: Tensor) -> Tensor:
     _check(matrix, x, b)
     M, n = b.shape
     chosen = choose("spd_solver", matrix.device)
-    with recorded("spd_solver", chosen.name, flops=2 * M * M * n, bytes=matrix.nbytes + x.nbytes + 2 * b.nbytes):
-        if chosen.module is None or matrix.stride(1) != 1:
+    traffic = matrix.nbytes + x.nbytes + 2 * b.nbytes
+    with recorded("spd_solver", chosen.name, flops=2 * M * M * n, bytes=traffic, device=b.device):
+        if chosen.module is None or matrix.stride(1) != 1 or (chosen.is_cuda and n > FEW_COLUMNS):
             tiles = [rows.double() @ x for rows in matrix.split(_TILE_ROWS)]
             return b - torch.cat(tiles).add_(x, alpha=shift)
         rest = b.clone(memory_format=torch.contiguous_format)
-        columns = x if x.stride(1) == 1 else x.contiguous()
+        columns = dense_rows(x)
+        if chosen.is_cuda:
+            stream = native.stream_number(b.device)
+            chosen.module.subtract_product(matrix=matrix, shift=shift, x=columns, rest=rest, stream=stream)
+            return rest
         chosen.module.subtract_product(matrix, shift, columns, rest, chosen.level, native.n_threads())
         return rest
 
