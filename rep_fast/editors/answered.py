@@ -1,15 +1,16 @@
 """Which facts a model answers already, and the one rule about them.
 
 A call is refused when nothing in it is left to edit. Else the facts that are answered already are named in
-`notes["answered_before"]`. Editors that make something for each fact alone (GRACE, WISE) leave them out; those that
-write all facts together (fine-tuning, LoRA, PAC, the batches in closed form) keep them, since what the other facts
-change could take their answers away. Fine-tuning alone has a published measure of its own and goes on below certainty:
+`notes["answered_before"]`. Editors that make something for each fact alone (GRACE, WISE) leave them out, unless an
+earlier fact of the same call writes their prompt (`left_out`), and name what they left out; those that write all facts
+together (fine-tuning, LoRA, PAC, the batches in closed form) keep them, since what the other facts change could take
+their answers away. Fine-tuning alone has a published measure of its own and goes on below certainty:
 it refuses where every loss is below its floor (methods §5.8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -17,17 +18,23 @@ from rep_fast.errors import NothingToEditError
 from rep_fast.facts import Fact
 from rep_fast.models import Answer, EditableLM
 
+# answers whose logits, each as wide as the vocabulary, are held at a time
+ANSWERS_PER_PASS = 64
+
 
 @torch.no_grad()
 def said_instead(lm: EditableLM, answers: Sequence[Answer]) -> list[tuple[int, ...]]:
     """Per answer the model's most likely token at each of its positions, the tokens before it being fed."""
-    # where the prompts end is told too: an active codebook or side memory decides by it
-    batch = lm.encode(
-        [answer.input_ids for answer in answers], prompt_lengths=[answer.prompt_length for answer in answers]
-    )
-    rows = lm.logits(batch, at=[answer.positions for answer in answers])
-    best = rows.argmax(dim=-1).split([answer.n_targets for answer in answers])
-    return [tuple(own.tolist()) for own in best]
+    said: list[tuple[int, ...]] = []
+    for begin in range(0, len(answers), ANSWERS_PER_PASS):
+        some = answers[begin : begin + ANSWERS_PER_PASS]
+        # where the prompts end is told too: an active codebook or side memory decides by it
+        batch = lm.encode(
+            [answer.input_ids for answer in some], prompt_lengths=[answer.prompt_length for answer in some]
+        )
+        best = lm.logits(batch, at=[answer.positions for answer in some]).argmax(dim=-1)
+        said += [tuple(own.tolist()) for own in best.split([answer.n_targets for answer in some])]
+    return said
 
 
 def are_answered(lm: EditableLM, facts: Sequence[Fact], *, target_tok: str) -> list[bool]:
@@ -53,6 +60,18 @@ def answered_before(lm: EditableLM, facts: Sequence[Fact], *, target_tok: str) -
     found = [number for number, is_so in enumerate(are_answered(lm, facts, target_tok=target_tok)) if is_so]
     if len(found) == len(facts):
         raise nothing_to_edit(facts)
+    return found
+
+
+def left_out(facts: Sequence[Fact], answered: Collection[int]) -> list[int]:
+    """Numbers of the answered facts that need no edit: those whose prompt no earlier fact of the call writes."""
+    written: set[str] = set()
+    found: list[int] = []
+    for number, fact in enumerate(facts):
+        if number in answered and fact.text not in written:
+            found.append(number)
+        else:
+            written.add(fact.text)
     return found
 
 

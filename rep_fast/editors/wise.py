@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rep_fast.editors.answered import answered_before
+from rep_fast.editors.answered import answered_before, left_out
 from rep_fast.edits import Edit, MemoryRules, ModuleEdit, SideMemory, replacements_at, without_replacements
 from rep_fast.edits.side_memory import activation_gaps, check_rules, filled, joined, prompt_gaps
 from rep_fast.errors import HparamError
@@ -116,8 +116,8 @@ def wise(
     memories = filled(active)
     own: list[SideMemory] = []  # what this call adds, one piece per memory
     losses: list[tuple[float, ...]] = []
+    before = left_out(facts, answered_before(lm, facts, target_tok=hparams.target_tok))
     with without_replacements(lm, place):
-        before = answered_before(lm, facts, target_tok=hparams.target_tok)
         for fact in (fact for number, fact in enumerate(facts) if number not in before):
             has_room = bool(memories) and memories[-1].counts[0] < rules.save_freq
             examples = gather(lm, fact, hparams, templates)

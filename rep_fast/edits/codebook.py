@@ -7,7 +7,7 @@ place of the module's output; beyond all radii the model stays as it is, bit for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -32,8 +32,9 @@ class Codebook:
     """Entries in the order they were written; the radii with which they act follow from that order.
 
     An entry starts with its own radius ε. If the nearest earlier key i lies within ε + ε_i: with the same label the
-    entry is absorbed and ε_i grows to reach it; with another one the space between them is halved. An entry at the very
-    key of an earlier one with another label takes its place.
+    entry is absorbed, ε_i grows to reach it and its value stands at key i from then on (it was trained on from the one
+    there); with another one the space between them is halved. An entry at the very key of an earlier one with another
+    label takes its place.
 
     Args:
         keys: [n, inputs], values: [n, outputs]; one floating dtype and device.
@@ -97,41 +98,33 @@ class Codebook:
         """(outputs, inputs)."""
         return self.values.shape[1], self.keys.shape[1]
 
-    @cached_property
+    @property
     def reach(self) -> Tensor:
         """[n] float64: the radius with which each entry acts; −1 for one that was absorbed or superseded."""
-        distances = _distances(self.keys.double(), self.keys.double()).cpu()
-        reach = torch.full((len(self.labels),), -1.0, dtype=torch.float64)
-        for new, (label, radius) in enumerate(zip(self.labels, self.radii, strict=True)):
-            reach[new] = radius
-            while bool((reach[:new] >= 0).any()):
-                found = distances[new, :new].masked_fill(reach[:new] < 0, torch.inf).min(dim=0)
-                near, distance = int(found.indices), float(found.values)
-                if distance > radius + float(reach[near]):
-                    break
-                if self.labels[near] == label:
-                    reach[near] = max(float(reach[near]), distance * REACH)
-                    reach[new] = -1.0
-                    break
-                if distance / 2 > GAP:
-                    reach[near], reach[new] = distance / 2 - GAP, distance / 2
-                    break
-                reach[near] = -1.0
-        return reach
+        return self._written.reach
+
+    @cached_property
+    def spoken_by(self) -> Tensor:
+        """[n] int64: whose value stands at each entry's key, its own or that of the last entry it absorbed."""
+        return torch.tensor(self._written.spoken_by)
+
+    @cached_property
+    def _written(self) -> Acting:
+        return Acting.of(self)
 
     def decide(self, inputs: Tensor, output: Tensor, told: ForwardPass) -> Tensor:
         """The nearest acting key of each row's query, if the query lies within its radius."""
         ends = (told.prompt_lengths - 1).to(inputs.device)
         queries = inputs[torch.arange(len(inputs), device=inputs.device), ends]
         reach = self.reach.to(inputs)
-        distances = _distances(queries.to(self.keys), self.keys).masked_fill(reach < 0, torch.inf)
+        distances = key_distances(queries.to(self.keys), self.keys).masked_fill(reach < 0, torch.inf)
         found = distances.min(dim=1)
         return torch.where(found.values <= reach[found.indices], found.indices, UNTOUCHED)
 
     def replaced(self, inputs: Tensor, output: Tensor, decided: Tensor, told: ForwardPass) -> Tensor:
         """The output with the decided entries' values where `extent` says."""
         where = extent_positions(self.extent, told, output.shape[1]).to(output.device) & (decided != UNTOUCHED)[:, None]
-        values = self.values[decided.clamp_min(0)].to(output)
+        values = self.values[self.spoken_by.to(decided.device)[decided.clamp_min(0)]].to(output)
         return torch.where(where[..., None], values[:, None], output)
 
     def parts(self) -> dict[str, Tensor]:
@@ -154,6 +147,52 @@ class Codebook:
         return Codebook(keys, values, self.labels, self.radii, self.extent)
 
 
+@dataclass(eq=False)
+class Acting:
+    """What entries make of each other, written one after another.
+
+    labels: of the entries so far. reach, spoken_by: see `Codebook`.
+    """
+
+    labels: list[str] = field(default_factory=list)
+    reach: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    spoken_by: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, book: Codebook) -> Acting:
+        """The entries of a codebook."""
+        found, distances = cls(), key_distances(book.keys.double(), book.keys.double()).cpu()
+        for new, (label, radius) in enumerate(zip(book.labels, book.radii, strict=True)):
+            found.write(distances[new, :new], label, radius)
+        return found
+
+    def write(self, distances: Tensor, label: str, radius: float) -> int | None:
+        """One more entry, `distances` [n] float64 from the keys of the earlier ones.
+
+        Returns:
+            The earlier entry that absorbed it; None if it stands by itself.
+        """
+        new = len(self.labels)
+        self.labels.append(label)
+        self.spoken_by.append(new)
+        self.reach = torch.cat([self.reach, self.reach.new_tensor([radius])])
+        while bool((self.reach[:new] >= 0).any()):
+            found = distances.masked_fill(self.reach[:new] < 0, torch.inf).min(dim=0)
+            near, distance = int(found.indices), float(found.values)
+            if distance > radius + float(self.reach[near]):
+                break
+            if self.labels[near] == label:
+                self.reach[near] = max(float(self.reach[near]), distance * REACH)
+                self.reach[new] = -1.0
+                self.spoken_by[near] = new
+                return near
+            if distance / 2 > GAP:
+                self.reach[near], self.reach[new] = distance / 2 - GAP, distance / 2
+                break
+            self.reach[near] = -1.0
+        return None
+
+
 def extent_positions(extent: Extent, told: ForwardPass, width: int) -> Tensor:
     """[n, width] bool: the tokens that an extent names in the rows of a pass."""
     if extent == "replace_last":
@@ -163,6 +202,7 @@ def extent_positions(extent: Extent, told: ForwardPass, width: int) -> Tensor:
     return told.is_prompt(width).new_ones(len(told.prompt_lengths), width)
 
 
-def _distances(queries: Tensor, keys: Tensor) -> Tensor:
+def key_distances(queries: Tensor, keys: Tensor) -> Tensor:
+    """L2 distances [m, n] of queries [m, inputs] from keys [n, inputs]."""
     # difference by difference: by products, near keys of large norm would lose all digits
     return torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")

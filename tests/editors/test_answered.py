@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from rep_fast import editors
-from rep_fast.editors.answered import answered_before, are_answered, unanswered
+from rep_fast.editors.answered import (
+    ANSWERS_PER_PASS,
+    answered_before,
+    are_answered,
+    left_out,
+    said_instead,
+    unanswered,
+)
 from rep_fast.errors import NothingToEditError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM
@@ -54,6 +62,31 @@ def test_answers_are_the_arg_max_at_every_token_of_the_target(tiny_llama64: Edit
     assert answered_before(lm, facts, target_tok="in_context") == [1]
 
 
+def test_many_answers_are_asked_a_few_at_a_time(tiny_llama64: EditableLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_llama64
+    facts = [dataclasses.replace(OTHER, subject=f"Kobe Bryant{number}") for number in range(2 * ANSWERS_PER_PASS + 3)]
+    answers = [lm.answer(fact.text, fact.target_new) for fact in facts]
+    alone = [said_instead(lm, [answer])[0] for answer in answers]
+    passes: list[int] = []
+    logits = lm.logits
+
+    def counting(batch: Any, **options: Any) -> torch.Tensor:
+        passes.append(batch.n_rows)
+        return logits(batch, **options)
+
+    monkeypatch.setattr(lm, "logits", counting)
+    assert said_instead(lm, answers) == alone
+    assert passes == [ANSWERS_PER_PASS, ANSWERS_PER_PASS, 3]
+
+
+def test_an_answer_stays_in_only_where_an_earlier_fact_writes_its_prompt() -> None:
+    """Facts 0 and 1 are answered; 2 writes the prompt of the answered 3, which is written after it."""
+    facts = [PROMPT, PROMPT, OTHER, dataclasses.replace(OTHER, target_new="French")]
+    assert left_out(facts, [0, 1, 3]) == [0, 1]
+    assert left_out(facts, [0, 1, 2]) == [0, 1, 2]
+    assert left_out(facts, []) == []
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_one_answered_fact_does_not_hold_up_the_others(tiny_llama64: EditableLM, known: Fact, name: str) -> None:
     edit = write(tiny_llama64, name, [OTHER, known])
@@ -69,6 +102,33 @@ def test_a_call_is_refused_when_nothing_is_left(tiny_llama64: EditableLM, known:
         write(tiny_llama64, name, [known])
     with pytest.raises(NothingToEditError, match=rf"^{begin}, and so on for all 2 facts; choose another target$"):
         write(tiny_llama64, name, [known, known])
+
+
+REPLACING: dict[str, dict[str, Any]] = {
+    "grace": {"layer": 1, "n_iter": 60, "edit_lr": 1.0},
+    "wise": {"layer": 1, "n_iter": 40, "edit_lr": 1.0, "mask_ratio": 1.0, "norm_constraint": 9.0},
+}
+
+
+@pytest.mark.parametrize("name", REPLACING)
+def test_an_edit_is_taken_back_by_another(tiny_llama64: EditableLM, known: Fact, name: str) -> None:
+    """The model is asked as it stands, not as it is below the active replacements."""
+    lm, editor = tiny_llama64, editors.get(name)
+    hparams = editor.hparams(lm, overrides=REPLACING[name])
+    other = dataclasses.replace(known, target_new="the")
+    with editor(lm, [other], hparams=hparams, templates=TEMPLATES[:1]).applied(lm):
+        assert are_answered(lm, [known, other], target_tok="in_context") == [False, True]
+        with pytest.raises(NothingToEditError):
+            editor(lm, [other], hparams=hparams, templates=TEMPLATES[:1])
+        back = editor(lm, [known], hparams=hparams, templates=TEMPLATES[:1])
+        assert back.notes["answered_before"] == []
+        with back.applied(lm):
+            assert are_answered(lm, [known, other], target_tok="in_context") == [True, False]
+    # the same in one call, before which the earlier fact cannot be asked
+    both = editor(lm, [other, known], hparams=hparams, templates=TEMPLATES[:1])
+    assert both.notes["answered_before"] == []
+    with both.applied(lm):
+        assert are_answered(lm, [known, other], target_tok="in_context") == [True, False]
 
 
 def test_a_codebook_has_no_entry_for_an_answered_fact(tiny_llama64: EditableLM, known: Fact) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,7 @@ def plain_value(lm: EditableLM, fact: Fact, hparams: GraceHparams, *, seed: int)
         return changed
 
     handle = module.register_forward_hook(put)
-    for _ in range(hparams.n_iter - 1):
+    for _ in range(hparams.n_iter):
         logits = lm.model(ids).logits[0]
         loss = sum(
             (-logits[p].log_softmax(-1)[t] for p, t in zip(answer.positions, answer.target_ids, strict=True)),
@@ -111,9 +112,9 @@ def test_early_stop_keeps_the_value_of_the_last_loss(build_lm: Callable[..., Edi
     halfway = (whole.notes["loss_first"][0] + whole.notes["loss_last"][0]) / 2
     stopped = editors.get("grace")(lm, [SHORT], hparams=dataclasses.replace(hparams, early_stop=halfway))
     steps = stopped.notes["forwards"][0]
-    assert whole.notes["forwards"] == [80] > [steps]
+    assert whole.notes["forwards"] == [81] > [steps]
     assert stopped.notes["loss_last"][0] < halfway
-    cut = editors.get("grace")(lm, [SHORT], hparams=dataclasses.replace(hparams, n_iter=steps))
+    cut = editors.get("grace")(lm, [SHORT], hparams=dataclasses.replace(hparams, n_iter=steps - 1))
     assert torch.equal(book_of(cut).values, book_of(stopped).values)
 
 
@@ -133,6 +134,36 @@ def test_facts_together_or_one_after_another(build_lm: Callable[..., EditableLM]
         with grace(lm, [again], hparams=hparams).applied(lm):
             assert score_targets(lm, [(SHORT.text, "is")])[0].exact_match
         assert score_targets(lm, [(SHORT.text, SHORT.target_new)])[0].exact_match
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_an_absorbed_fact_is_answered_by_a_value_that_goes_on_from_the_first(
+    build_lm: Callable[..., EditableLM], together: bool
+) -> None:
+    lm, grace = build_lm("llama", dtype=torch.float64), editors.get("grace")
+    near = Fact("The mother tongue of {} is", "Danielle Darrieux", "the", "French")
+    keys = [book_of(grace(lm, [fact], hparams=HPARAMS)).keys[0] for fact in (SHORT, near)]
+    # beyond the first radius, yet within the sum of both
+    hparams = dataclasses.replace(HPARAMS, eps=0.7 * float((keys[0] - keys[1]).norm()), n_iter=60, edit_lr=1.0)
+    first = grace(lm, [SHORT], hparams=hparams)
+    with first.applied(lm):
+        second = grace(lm, [near], hparams=hparams)
+    made = [grace(lm, [SHORT, near], hparams=hparams)] if together else [first, second]
+    assert made[-1].notes["absorbed"] == ([1] if together else [0])
+    assert first.notes["absorbed"] == []
+    book = Codebook.stacked([book_of(edit) for edit in made])
+    assert book.spoken_by.tolist() == [1, 1]
+    assert [reach < 0 for reach in book.reach.tolist()] == [False, True]
+    with contextlib.ExitStack() as stack:
+        for edit in made:
+            stack.enter_context(edit.applied(lm))
+        (hit,) = score_targets(lm, [(near.text, near.target_new)])
+    assert hit.exact_match
+    assert hit.nll == pytest.approx(made[-1].notes["loss_last"][-1], rel=1e-9)
+    # the first value, put at the second prompt, is where its training begins
+    with lm.patch(Site("value", 1), lambda output: torch.cat([output[:, :-1], book.values[None, :1]], dim=1)):
+        (start,) = score_targets(lm, [(near.text, near.target_new)])
+    assert made[-1].notes["loss_first"][-1] == pytest.approx(start.nll, rel=1e-9)
 
 
 def test_the_seed_draws_the_start(tiny_llama64: EditableLM) -> None:
