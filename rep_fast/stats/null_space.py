@@ -2,7 +2,8 @@
 
 An eigendecomposition of M×M is the dearest step of AlphaEdit, so its result is kept on disk, under the model's
 fingerprint, the layer, the second moment itself and the choice of directions. Of the basis U_s and its complement the
-smaller is stored: P = U_s U_sᵀ = I − U_c U_cᵀ.
+smaller is stored: P = U_s U_sᵀ = I − U_c U_cᵀ. It is stored in float64: an update solved with directions rounded to
+float32 strays by 1e-8 and more, and making them orthonormal again would not turn them back.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from rep_fast.tensor_files import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 KIND = "null-space"
-VERSION = 1
-# columns of the basis that are widened to float64 at a time
+VERSION = 2
+# columns of the basis that are projected on at a time
 _TILE = 512
 
 
@@ -33,7 +34,7 @@ _TILE = 512
 class NullSpace:
     """A projector onto directions of key space.
 
-    basis: [M, s] orthonormal columns, float32 or float64. is_complement: whether they span what is projected out.
+    basis: [M, s] orthonormal columns, float64. is_complement: whether they span what is projected out.
     eigenvalue: the largest one inside the null space.
     """
 
@@ -48,7 +49,7 @@ class NullSpace:
         return width - stored if self.is_complement else stored
 
     def project(self, columns: Tensor) -> Tensor:
-        """P A for A [M, a] float64, on A's device; the basis is widened tile by tile."""
+        """P A for A [M, a] float64, on A's device, tile by tile."""
         inside = torch.zeros_like(columns)
         for tile in self.basis.split(_TILE, dim=1):
             wide = tile.to(columns)
@@ -93,18 +94,16 @@ def cached_null_space(
     share: float | None,
     identity: Mapping[str, Any],
     model_name: str,
-    dtype: torch.dtype,
     cache_dir: str | Path | None,
 ) -> NullSpace:
     """The null space from the cache, or found now and kept; see `find_null_space`.
 
     Args:
         identity: what else tells this second moment from others; JSON values.
-        dtype: of the stored basis.
         cache_dir: default `$REP_FAST_CACHE`, else ~/.cache/rep_fast; a place that cannot be written is warned of.
     """
     digest = hashlib.sha256(second_moment.cpu().contiguous().numpy().data)
-    settings = {**identity, "threshold": threshold, "share": share, "dtype": str(dtype), "version": VERSION}
+    settings = {**identity, "threshold": threshold, "share": share, "version": VERSION}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     layer = identity.get("layer", "")
     name = f"{readable_name(model_name)}-layer{layer}-{digest.hexdigest()[:24]}.safetensors"
@@ -117,7 +116,7 @@ def cached_null_space(
     except (CorruptFileError, KeyError) as error:
         logger.warning("a cached null space is found again: %s", error)
     found = find_null_space(second_moment, threshold=threshold, share=share)
-    found = NullSpace(found.basis.to(dtype).cpu(), found.is_complement, found.eigenvalue)
+    found = NullSpace(found.basis.cpu(), found.is_complement, found.eigenvalue)
     description = {"is_complement": found.is_complement, "eigenvalue": found.eigenvalue}
     try:
         save_tensors(path, {"basis": found.basis}, kind=KIND, version=VERSION, description=description)

@@ -207,7 +207,6 @@ class SecondMoments:
                 share=share,
                 identity={"fingerprint": self.fingerprint, "layer": layer},
                 model_name=self.model_name,
-                dtype=self._triangle(layer).dtype,
                 cache_dir=cache_dir,
             )
             self._null_spaces[key] = NullSpace(found.basis.to(self.device), found.is_complement, found.eigenvalue)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rep_fast.editors.least_squares import solve_batch
 from rep_fast.errors import HparamError, LayerError
 from rep_fast.stats import SecondMoments, null_space
 from rep_fast.stats.null_space import find_null_space
@@ -62,6 +63,25 @@ def test_found_once_per_second_moment_and_choice(tmp_path: Path, monkeypatch: py
     for other, threshold in ((moments(), 0.6), (moments(1), 0.02), (moments(fingerprint="def"), 0.02)):
         other.null_space(3, threshold=threshold, cache_dir=tmp_path)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_an_update_from_a_stored_basis_is_the_dense_one(tmp_path: Path, share: float) -> None:
+    """ΔWᵀ = (P(KKᵀ + K_past K_pastᵀ) + L2·I)⁻¹ PK Rᵀ with moments kept in float32 and the basis read from its file."""
+    width, l2 = 256, 0.1
+    shapes = ((512, width), (width, 9), (width, 5), (12, 9))
+    generator = torch.Generator().manual_seed(1)
+    corpus, keys, past, residuals = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in shapes)
+    matrices = {3: (corpus.T @ corpus / 512).float()}
+    made = [SecondMoments.from_matrices(matrices, {3: 512}, corpus="made up", fingerprint="abc") for _ in range(2)]
+    made[0].null_space(3, threshold=None, share=share, cache_dir=tmp_path)
+    space = made[1].null_space(3, threshold=None, share=share, cache_dir=tmp_path)
+    found = solve_batch(keys, residuals, metric=space.project, ridge=l2, past=past).delta().to_dense()
+    vectors = torch.linalg.eigh(made[0].second_moment(3)).eigenvectors[:, : round(share * width)]
+    projector = vectors @ vectors.T
+    system = projector @ (keys @ keys.T + past @ past.T) + l2 * torch.eye(width, dtype=torch.float64)
+    wanted = torch.linalg.solve(system, projector @ keys @ residuals.T).T
+    assert float((found - wanted).norm() / wanted.norm()) <= 1e-8
 
 
 def test_a_damaged_file_is_found_again_and_an_unwritable_place_is_warned_of(
