@@ -117,7 +117,7 @@ def _chunk(lm: EditableLM, facts: Sequence[Fact], hparams: FineTuningHparams, dt
     lowest = min(hparams.layers)
     site = Site("key", lowest)
     with lm.capture([site]) as seen:
-        state = lm.suffix_state(lm.encode(target.inputs), lowest, [0] * len(facts))
+        state = lm.suffix_state(target.batch(lm), lowest, [0] * len(facts))
     return _Chunk(target, state, seen[site].to(dtype))
 
 

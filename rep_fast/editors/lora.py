@@ -157,7 +157,7 @@ def _train(lm: EditableLM, targets: Sequence[TargetLoss], wrappers: Sequence[Any
     """Mean loss of each pass."""
     factors = _factors(wrappers)
     optimiser = torch.optim.Adam(factors, lr=hparams.lora_lr)
-    batches = [lm.encode(target.inputs) for target in targets]
+    batches = [target.batch(lm) for target in targets]
     losses: list[float] = []
     for _ in range(hparams.lora_steps):
         total = 0.0

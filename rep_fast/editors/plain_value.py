@@ -30,7 +30,9 @@ def optimise_value_plainly(
     """
     facts = (fact, *together)
     group = GroupTexts.of(facts, [edit_texts(lm, each, templates, target_tok=target_tok) for each in facts])
-    forward = FullForward(lm, (group,), lm.encode(group.rows), layer, sites, hparams.v_loss_layer)
+    forward = FullForward(
+        lm, (group,), lm.encode(group.rows, prompt_lengths=group.prompt_lengths), layer, sites, hparams.v_loss_layer
+    )
     key_site, value_sites = Site("key", layer), [Site(kind, layer) for kind in sites]
     with torch.no_grad(), lm.capture([key_site, *value_sites]) as seen:
         lm.logits(forward.batch)

@@ -141,7 +141,11 @@ class ResumedForward:
         cls, lm: EditableLM, groups: Sequence[GroupTexts], layer: int, sites: tuple[str, ...], hparams: ValueHparams
     ) -> tuple[ResumedForward, list[Tensor], list[list[Tensor]]]:
         """The forward, and per group its first fact's unedited keys [P, M] and values at each site [P, D]."""
-        batch = lm.encode([row for group in groups for row in group.rows])
+        # where the prompts end is told too: an active codebook or side memory decides by it
+        batch = lm.encode(
+            [row for group in groups for row in group.rows],
+            prompt_lengths=[length for group in groups for length in group.prompt_lengths],
+        )
         lookup = [place for group in groups for place in group.lookup]
         # a standalone target of an always-prepend tokenizer is read from one token before the prompt's last one, which
         # may lie before the subject's last: that term is constant in δ, but belongs to the loss (methods §2.4 item 4)

@@ -24,12 +24,14 @@ class EditTexts:
     """Token rows of one fact: the prompt behind each template, then the KL prompt.
 
     rows: ids, the new target's tokens but the last appended to all but the last row. lookup: position of the subject's
-    last token per row. answer_at: per row the positions whose logits are read. target_ids [P, T].
+    last token per row. answer_at: per row the positions whose logits are read. prompt_lengths: tokens of each row that
+    are its prompt. target_ids [P, T].
     """
 
     rows: tuple[tuple[int, ...], ...]
     lookup: tuple[int, ...]
     answer_at: tuple[tuple[int, ...], ...]
+    prompt_lengths: tuple[int, ...]
     target_ids: Tensor
 
 
@@ -46,12 +48,13 @@ def edit_texts(
     Raises:
         TokenizationError: standalone targets have pulled the subject's last tokens out of a text.
     """
-    rows, lookup, answer_at, targets = [], [], [], []
+    rows, lookup, answer_at, prompt_lengths, targets = [], [], [], [], []
     for template in templates:
         prompt = template.replace("{}", fact.prompt)
         answer = lm.answer(prompt.replace("{}", fact.subject), fact.target_new, mode=target_tok)
         rows.append(answer.input_ids)
         answer_at.append(answer.positions)
+        prompt_lengths.append(answer.prompt_length)
         targets.append(answer.target_ids)
         located = lm.locate(prompt, fact.subject, strategy=fact_token)
         lookup.append(located.position)
@@ -66,21 +69,25 @@ def edit_texts(
     rows.append(kept.ids[: kept.position + 1])
     lookup.append(kept.position)
     answer_at.append((kept.position,))
-    return EditTexts(tuple(rows), tuple(lookup), tuple(answer_at), torch.tensor(targets, device=lm.device))
+    prompt_lengths.append(kept.position + 1)
+    return EditTexts(
+        tuple(rows), tuple(lookup), tuple(answer_at), tuple(prompt_lengths), torch.tensor(targets, device=lm.device)
+    )
 
 
 @dataclass(frozen=True)
 class GroupTexts:
     """Token rows behind one vector: those of each fact of a group, then one KL prompt.
 
-    facts: of the group. rows, lookup, answer_at: as in `EditTexts`. targets: per row its target's ids, none for the KL
-    prompt. n_prompts: P, rows per fact.
+    facts: of the group. rows, lookup, answer_at, prompt_lengths: as in `EditTexts`. targets: per row its target's ids,
+    none for the KL prompt. n_prompts: P, rows per fact.
     """
 
     facts: tuple[Fact, ...]
     rows: tuple[tuple[int, ...], ...]
     lookup: tuple[int, ...]
     answer_at: tuple[tuple[int, ...], ...]
+    prompt_lengths: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
     n_prompts: int
 
@@ -93,6 +100,7 @@ class GroupTexts:
             (*(row for found in texts for row in found.rows[:-1]), texts[0].rows[-1]),
             (*(place for found in texts for place in found.lookup[:-1]), texts[0].lookup[-1]),
             (*(read for found in texts for read in found.answer_at[:-1]), texts[0].answer_at[-1]),
+            (*(length for found in texts for length in found.prompt_lengths[:-1]), texts[0].prompt_lengths[-1]),
             (*targets, ()),
             len(texts[0].rows) - 1,
         )

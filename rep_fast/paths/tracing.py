@@ -78,7 +78,12 @@ def trace_answers(
 
 def target_nll(lm: EditableLM, answers: Sequence[Answer]) -> Tensor:
     """Mean NLL per target token of each answer under teacher forcing, [n]; float32, or float64 from such a model."""
-    batch = Batch.from_rows([answer.input_ids for answer in answers], device=lm.device)
+    # where the prompts end is told too: an active codebook or side memory decides by it
+    batch = Batch.from_rows(
+        [answer.input_ids for answer in answers],
+        prompt_lengths=[answer.prompt_length for answer in answers],
+        device=lm.device,
+    )
     logits = lm.logits(batch, at=[list(answer.positions) for answer in answers])
     wide = logits if logits.dtype == torch.float64 else logits.float()
     targets = torch.tensor([token for answer in answers for token in answer.target_ids], device=wide.device)

@@ -18,7 +18,7 @@ D, VOCABULARY, TARGETS = 4, 11, (3, 7, 1)
 FACT = Fact("{} is", "Slovenia", "green")
 HPARAMS = ValueHparams(v_steps=2, v_lr=0.3, kl_factor=0.7, v_weight_decay=0.2, early_stop=None)
 # two texts of three target tokens, then the KL prompt
-GROUP = GroupTexts((FACT,), ((0,),) * 3, (0,) * 3, ((0, 1, 2),) * 2 + ((0,),), (TARGETS, TARGETS, ()), 2)
+GROUP = GroupTexts((FACT,), ((0,),) * 3, (0,) * 3, ((0, 1, 2),) * 2 + ((0,),), (1,) * 3, (TARGETS, TARGETS, ()), 2)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def test_pmet_stops_once_every_text_is_answered_and_the_kl_term_is_small() -> No
 def test_what_is_answered_already_is_reported_per_fact() -> None:
     """Two facts in one group: the first text of each is its bare prompt."""
     both = GroupTexts(
-        (FACT, FACT), ((0,),) * 5, (0,) * 5, ((0,),) * 5, ((3,), (3,), (7,), (7,), ()), 2
+        (FACT, FACT), ((0,),) * 5, (0,) * 5, ((0,),) * 5, (1,) * 5, ((3,), (3,), (7,), (7,), ()), 2
     )  # fmt: skip
     logits = torch.zeros(5, VOCABULARY, dtype=torch.float64)
     logits[[0, 1, 3], [3, 0, 7]] = 5.0
