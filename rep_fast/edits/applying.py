@@ -54,6 +54,7 @@ class AppliedEdit:
 
     @property
     def is_active(self) -> bool:
+        """Whether the edit acts in the model."""
         return any(handle is self for handle in self._lm.active_edits)
 
     def undo(self) -> None:
