@@ -1,7 +1,8 @@
 """The gated key adapter of REP: a key is moved only where a small gate network says so.
 
 k̂ = k + 1[σ(w₂ᵀ GELU(W₁k + b₁) + b₂) > τ] · B(A k) (REP, methods §6.1). The comparison is made on logits, σ being
-monotone. Inference uses the hard gate, training the soft one.
+monotone. Inference uses the hard gate, training the soft one. On a GPU kernels decide and apply the hard gates
+(`rep_fast.ops.gates_on_gpu`), training is torch's.
 """
 
 from __future__ import annotations
