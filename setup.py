@@ -14,6 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+PACKAGE, CUDA_MODULE = "rep_fast", "_C_cuda.*.so"
 
 
 def find_tool(name: str) -> str:
@@ -32,6 +33,20 @@ class CMakeBuild(build_ext):
     what changed.
     """
 
+    def run(self) -> None:
+        # setuptools builds elsewhere and copies to the source tree afterwards: `inplace` is off meanwhile
+        self.is_checkout = bool(self.editable_mode or self.inplace)
+        super().run()
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        # the module of the CUDA kernels, which setuptools does not know of; a stale one goes where none was built
+        built = list((Path(self.build_lib) / PACKAGE).glob(CUDA_MODULE))
+        for stale in (ROOT / PACKAGE).glob(CUDA_MODULE):
+            stale.unlink()
+        for module in built:
+            self.copy_file(str(module), str(ROOT / PACKAGE / module.name))
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
@@ -47,15 +62,14 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DREP_FAST_CUDA={os.environ.get('REP_FAST_CUDA', 'AUTO')}",
             # for the tests of a checkout, which find it in the build directory; it is not installed
-            f"-DREP_FAST_CUDA_ON_CPU={'ON' if self.editable_mode or self.inplace else 'OFF'}",
+            f"-DREP_FAST_CUDA_ON_CPU={'ON' if self.is_checkout else 'OFF'}",
         ]  # fmt: skip
         if is_moved(build_dir):
             configure.append("--fresh")
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build_dir)], check=True)
-        for stale in destination.glob("_C_cuda.*"):  # of a build with nvcc, where this one is without
-            if stale.suffix == ".so":
-                stale.unlink()
+        for stale in destination.glob(CUDA_MODULE):  # of a build with nvcc, where this one is without
+            stale.unlink()
         subprocess.run([cmake, "--install", str(build_dir), "--prefix", str(destination)], check=True)
 
 

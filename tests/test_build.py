@@ -181,6 +181,14 @@ def test_the_cuda_module_imports_without_a_driver(module: Any) -> None:
         found.module.measure_keys(keys=torch.ones(2, 3), first_id=0, norms=None, counters=None, stream=0)
 
 
+def test_a_checkout_that_built_the_cuda_module_has_it() -> None:
+    """setuptools copies only the extensions it knows of into an editable install."""
+    built = list((ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}").glob("_C_cuda.*.so"))
+    if not built or Path(rep_fast.__file__).parents[1] != ROOT:
+        pytest.skip("no CUDA module was built in this checkout")
+    assert native.find_cuda().module is not None, native.find_cuda().reason
+
+
 def test_an_unknown_cuda_setting_is_refused(tmp_path: Path) -> None:
     done = _configure(tmp_path, "-DREP_FAST_CUDA=MAYBE")
     assert done.returncode != 0
