@@ -176,7 +176,10 @@ def _quantiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _extra_megabytes(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Growth of the process's resident memory at its highest during a run, MB; NaN where the system does not tell."""
+    """Growth of the process's resident memory at its highest during a run, MB; NaN where the system does not tell.
+
+    What an allocator kept of earlier runs and hands out again is resident already and not counted.
+    """
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
         clear.write_text("5")  # resets the high-water mark
