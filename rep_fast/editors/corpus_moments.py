@@ -41,14 +41,14 @@ def checked_moments(
 def factor_moments(moments: SecondMoments, hparams: Any, cache_dir: str | Path | None) -> None:
     """Factor C of every edited layer, which all later solves share."""
     for layer in hparams.layers:
-        moments.solver(layer)
+        moments.solver(layer, precision=getattr(hparams, "factor_precision", "fp32"))
 
 
-def whitening(moments: SecondMoments) -> Callable[[int, Tensor], Tensor]:
-    """The metric C⁻¹: (layer, A [M, a]) → C⁻¹A [M, a] float64, where C was factored."""
+def whitening(moments: SecondMoments, precision: str) -> Callable[[int, Tensor], Tensor]:
+    """The metric C⁻¹: (layer, A [M, a]) → C⁻¹A [M, a] float64, where C was factored, in that precision."""
 
     def whiten(layer: int, columns: Tensor) -> Tensor:
-        solver = moments.solver(layer)
+        solver = moments.solver(layer, precision=precision)
         return solver.solve(columns.to(solver.second_moment.device), forward_error=WHITENING_ERROR)
 
     return whiten

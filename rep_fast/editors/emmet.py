@@ -56,5 +56,5 @@ def emmet(
             chosen = 0.0 if n_keys == 1 else BATCH_RIDGE
         return hparams.mom2_update_weight * chosen
 
-    rule = Rule(metric=whitening(checked_moments(lm, moments, hparams.layers)), ridge=ridge)
+    rule = Rule(metric=whitening(checked_moments(lm, moments, hparams.layers), hparams.factor_precision), ridge=ridge)
     return edit_batch(lm, facts, hparams=hparams, templates=templates, method=method, rule=rule)

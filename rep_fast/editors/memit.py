@@ -55,7 +55,7 @@ def memit(
     Returns, Raises: see `edit_batch`, `checked_moments`, `SpdSolver`.
     """
     rule = Rule(
-        metric=whitening(checked_moments(lm, moments, hparams.layers)),
+        metric=whitening(checked_moments(lm, moments, hparams.layers), hparams.factor_precision),
         ridge=lambda layer, _: update_weight(lm, layer, hparams.mom2_update_weight),
         remembers=hparams.past_keys,
     )

@@ -43,7 +43,7 @@ def pmet(
     Returns, Raises: see `edit_batch`, `checked_moments`, `SpdSolver`.
     """
     rule = Rule(
-        metric=whitening(checked_moments(lm, moments, hparams.layers)),
+        metric=whitening(checked_moments(lm, moments, hparams.layers), hparams.factor_precision),
         ridge=lambda layer, _: update_weight(lm, layer, hparams.mom2_update_weight),
         sites=ATTENTION_AND_VALUE,
         root=True,

@@ -191,6 +191,26 @@ def test_response_is_the_retrieved_part_of_the_update(tiny_llama64: EditableLM, 
             torch.testing.assert_close(vectors["direction"], whitened, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["memit", "emmet", "pmet"])
+def test_the_factor_s_precision_changes_no_update(
+    tiny_llama64: EditableLM, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    solver = SecondMoments.solver
+    monkeypatch.setattr(
+        SecondMoments,
+        "solver",
+        lambda self, layer, **options: asked.append(options["precision"]) or solver(self, layer, **options),
+    )
+    refined = make(tiny_llama64, method, FACTS)
+    assert set(asked) == {"fp32"}
+    asked.clear()
+    exact = make(tiny_llama64, method, FACTS, factor_precision="fp64")
+    assert set(asked) == {"fp64"}
+    for one, other in zip(refined.modules, exact.modules, strict=True):
+        assert_close(one.delta.to_dense(), other.delta.to_dense(), 1e-8)  # type: ignore[union-attr]
+
+
 def test_exact_constraints_are_met_in_the_model(tiny_llama64: EditableLM) -> None:
     """EMMET at one layer with λ_e = 0: the stream at each averaged key moves by exactly what was missing."""
     edit = make(tiny_llama64, "emmet", FACTS, layers=(1,), emmet_lambda=0.0)
