@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
     tests::test_core();
     for (int level = 0; level <= static_cast<int>(machine); ++level) {
         tests::test_whitened_topk(static_cast<CpuLevel>(level));
+        tests::test_pass_choice(static_cast<CpuLevel>(level));
         tests::test_dither(static_cast<CpuLevel>(level));
         tests::test_ceilings(static_cast<CpuLevel>(level));
         tests::test_gated_adapter(static_cast<CpuLevel>(level));

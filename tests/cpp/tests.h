@@ -7,6 +7,7 @@ namespace rep_fast::tests {
 
 void test_core();
 void test_whitened_topk(CpuLevel level);
+void test_pass_choice(CpuLevel level);
 void test_dither(CpuLevel level);
 void test_accumulate_moment(CpuLevel level);
 void test_ceilings(CpuLevel level);
