@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 #include <vector>
 
+#include "check.h"
 #include "cuda/whitened_topk.h"
 #include "executor.h"
 #include "tests.h"
@@ -19,14 +18,6 @@ using rep_fast::BFloat16;
 using rep_fast::DType;
 using rep_fast::to_float;
 namespace cuda = rep_fast::cuda;
-
-#define EXPECT(condition)                                                                \
-    do {                                                                                 \
-        if (!(condition)) {                                                              \
-            std::fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-            std::exit(EXIT_FAILURE);                                                     \
-        }                                                                                \
-    } while (false)
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
