@@ -11,46 +11,20 @@
 #include <limits>
 
 #include "core/error.h"
+#include "cuda/exact_hits.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/number.cuh"
+#include "cuda/warp_sum.cuh"
 #include "cuda/whitened_topk.h"
 
 namespace rep_fast::cuda {
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kLanes = 32;
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kLanes;
+constexpr int kThreads = kSelectionThreads;
+constexpr int kWarps = kSelectionWarps;
 constexpr int kScoresPerThread = 4;
 constexpr int kTile = kThreads * kScoresPerThread;
-// room for a whole tile of survivors beside what an earlier tile left
-constexpr int kCandidates = 2 * kTile;
-constexpr std::size_t kLargestShared = 160 * 1024;
-
-struct Candidate {
-    std::int32_t row;
-    std::int32_t is_excluded;
-};
-
-// Followed by k doubles and k int64: the query's running top k.
-struct SelectionShared {
-    double exact[kCandidates];
-    Candidate candidates[kCandidates];
-    int warp_counts[kWarps];
-    int n_candidates;
-    double floor;
-};
-static_assert(sizeof(SelectionShared) % sizeof(double) == 0, "the top k lies behind it");
-
-__device__ inline double warp_sum(double value) {
-    // the same tree for every warp: the sum depends on the numbers alone
-    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-        value += __shfl_xor_sync(kAllLanes, value, lanes);
-    }
-    return value;
-}
+static_assert(kCandidates >= 2 * kTile, "room for a whole tile of survivors beside what an earlier tile left");
 
 template <class Key>
 __global__ void __launch_bounds__(kThreads)
@@ -81,114 +55,6 @@ __global__ void __launch_bounds__(kThreads)
         atomicAdd(reinterpret_cast<unsigned long long*>(norms.n_nonfinite), 1ull);
         atomicMin(reinterpret_cast<long long*>(norms.first_nonfinite), static_cast<long long>(first_id + row));
     }
-}
-
-// The last sequence start that is not behind `row`.
-__device__ inline std::int64_t sequence_start(const LastTokens& rule, std::int64_t row) {
-    std::int64_t low = 0, high = rule.n_sequences;
-    while (high - low > 1) {
-        const std::int64_t middle = (low + high) / 2;
-        if (rule.sequence_starts[middle] <= row) {
-            low = middle;
-        } else {
-            high = middle;
-        }
-    }
-    return rule.sequence_starts[low];
-}
-
-// Asked by a whole warp; every lane gets the answer.
-__device__ inline bool is_excluded(const LastTokens& rule, std::int64_t row, std::int64_t query, int lane) {
-    if (rule.token_ids == nullptr) {
-        return false;
-    }
-    const std::int64_t token = rule.last_tokens[query];
-    const std::int64_t start = sequence_start(rule, row);
-    const std::int64_t reach = row - rule.window;
-    const std::int64_t begin = start == 0 ? -rule.n_lookback : start;
-    const std::int64_t first = reach > begin ? reach : begin;
-    bool is_found = false;
-    for (std::int64_t position = row - lane; position >= first; position -= kLanes) {
-        is_found |= (position >= 0 ? rule.token_ids[position] : rule.lookback[rule.n_lookback + position]) == token;
-    }
-    return __any_sync(kAllLanes, is_found) != 0;
-}
-
-// Asked by a whole warp; every lane gets the answer.
-__device__ inline bool is_listed(const ListedPairs& pairs, std::int64_t row, std::int64_t query, int lane) {
-    if (pairs.indptr == nullptr) {
-        return false;
-    }
-    bool is_found = false;
-    for (std::int64_t place = pairs.indptr[row] + lane; place < pairs.indptr[row + 1]; place += kLanes) {
-        is_found |= pairs.subjects[place] == query;
-    }
-    return __any_sync(kAllLanes, is_found) != 0;
-}
-
-__device__ inline bool is_better(double score, std::int64_t id, double other, std::int64_t other_id) {
-    return score > other || (score == other && id < other_id);
-}
-
-// One thread: the hit takes its place among the k best, which stay in order.
-__device__ inline void take(double* scores, std::int64_t* ids, std::int64_t k, double score, std::int64_t id) {
-    if (ids[k - 1] >= 0 && !is_better(score, id, scores[k - 1], ids[k - 1])) {
-        return;
-    }
-    std::int64_t place = k - 1;
-    while (place > 0 && (ids[place - 1] < 0 || is_better(score, id, scores[place - 1], ids[place - 1]))) {
-        scores[place] = scores[place - 1];
-        ids[place] = ids[place - 1];
-        --place;
-    }
-    scores[place] = score;
-    ids[place] = id;
-}
-
-// Below it an approximate score with its margin is out.
-__device__ inline double floor_of(const Selection& selection, const double* scores, const std::int64_t* ids,
-                                  std::int64_t query) {
-    return ids[selection.k - 1] >= 0 ? scores[selection.k - 1] - static_cast<double>(selection.query_slacks[query])
-                                     : -kInfinity;
-}
-
-// Scores all candidates exactly, one warp each, and lets those that belong there into the top k.
-template <class Key>
-__device__ void settle(const Selection& selection, SelectionShared& shared, double* scores, std::int64_t* ids,
-                       std::int64_t query) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    const int warp = static_cast<int>(threadIdx.x) / kLanes;
-    const auto* keys = static_cast<const Key*>(selection.keys.data);
-    const float* weights = selection.queries + query * selection.query_stride;
-    for (int number = warp; number < shared.n_candidates; number += kWarps) {
-        const std::int64_t row = shared.candidates[number].row;
-        const bool is_out = is_excluded(selection.last_token, selection.first_row + row, query, lane) ||
-                            is_listed(selection.pairs, selection.first_row + row, query, lane);
-        double sum = 0.0;
-        if (!is_out) {  // the same for all lanes
-            const Key* key = keys + row * selection.keys.row_stride;
-            for (std::int64_t j = lane; j < selection.keys.key_dim; j += kLanes) {
-                sum += static_cast<double>(widened(key[j])) * static_cast<double>(weights[j]);
-            }
-        }
-        sum = warp_sum(sum);
-        if (lane == 0) {
-            shared.exact[number] = sum;
-            shared.candidates[number].is_excluded = is_out ? 1 : 0;
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int number = 0; number < shared.n_candidates; ++number) {
-            if (shared.candidates[number].is_excluded == 0) {
-                const std::int64_t id = selection.first_id + selection.first_row + shared.candidates[number].row;
-                take(scores, ids, selection.k, shared.exact[number], id);
-            }
-        }
-        shared.n_candidates = 0;
-        shared.floor = floor_of(selection, scores, ids, query);
-    }
-    __syncthreads();
 }
 
 // Appends this tile's survivors in the order of their rows. Every thread calls it.
@@ -237,16 +103,7 @@ __global__ void __launch_bounds__(kThreads) select_hits_kernel(Selection selecti
     if (margin != margin) {
         return;  // the whole block leaves: this query holds a NaN or infinity
     }
-    for (std::int64_t i = threadIdx.x; i < selection.k; i += kThreads) {
-        scores[i] = selection.scores[query * selection.k + i];
-        ids[i] = selection.ids[query * selection.k + i];
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        shared.n_candidates = 0;
-        shared.floor = floor_of(selection, scores, ids, query);
-    }
-    __syncthreads();
+    load_hits(selection, shared, scores, ids, query);
     const float* approximate = selection.approximate + query * selection.approximate_stride;
     for (std::int64_t base = 0; base < selection.keys.n_keys; base += kTile) {
         const std::int64_t first = base + static_cast<std::int64_t>(threadIdx.x) * kScoresPerThread;
@@ -272,10 +129,7 @@ __global__ void __launch_bounds__(kThreads) select_hits_kernel(Selection selecti
         }
     }
     settle<Key>(selection, shared, scores, ids, query);
-    for (std::int64_t i = threadIdx.x; i < selection.k; i += kThreads) {
-        selection.scores[query * selection.k + i] = scores[i];
-        selection.ids[query * selection.k + i] = ids[i];
-    }
+    store_hits(selection, scores, ids, query);
 }
 
 template <class Key>
@@ -321,9 +175,7 @@ void select_hits(const Selection& selection, void* stream) {
     if (selection.keys.n_keys == 0 || selection.n_queries == 0) {
         return;
     }
-    const std::size_t shared_bytes =
-        sizeof(SelectionShared) + static_cast<std::size_t>(selection.k) * (sizeof(double) + sizeof(std::int64_t));
-    REP_FAST_CHECK(shared_bytes <= kLargestShared, "k=" << selection.k << " hits per query do not fit into a block");
+    const std::size_t shared_bytes = selection_bytes(selection.k);
     const auto on = static_cast<cudaStream_t>(stream);
     switch (selection.keys.dtype) {
         case DType::kFloat32:
