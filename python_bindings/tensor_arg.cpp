@@ -14,11 +14,13 @@ struct DLPackDType {
     std::uint8_t bits;
     DType dtype;
 };
-constexpr std::array<DLPackDType, 6> kDLPackDTypes = {{{dlpack::kDLFloat, 32, DType::kFloat32},
+constexpr std::array<DLPackDType, 8> kDLPackDTypes = {{{dlpack::kDLFloat, 32, DType::kFloat32},
                                                        {dlpack::kDLFloat, 64, DType::kFloat64},
                                                        {dlpack::kDLBfloat, 16, DType::kBFloat16},
                                                        {dlpack::kDLFloat, 16, DType::kFloat16},
                                                        {dlpack::kDLInt, 64, DType::kInt64},
+                                                       {dlpack::kDLInt, 32, DType::kInt32},
+                                                       {dlpack::kDLInt, 8, DType::kInt8},
                                                        {dlpack::kDLBool, 8, DType::kBool}}};
 
 const char* place_name(Place place) {

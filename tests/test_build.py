@@ -114,10 +114,10 @@ def test_tensors_cross_without_the_exchange_table(module: Any) -> None:
     ("keys", "message"),
     [
         (torch.ones(2, 3, dtype=torch.float64), "keys must be float32, bfloat16 or float16, got float64"),
-        (torch.ones(2, 3, dtype=torch.int8), "keys has a dtype .* no kernel takes"),
+        (torch.ones(2, 3, dtype=torch.int16), "keys has a dtype .* no kernel takes"),
         (torch.ones(3), "keys must have 2 dimensions, got 1"),
         (torch.ones(3, 2).T, "keys must have contiguous columns, got column stride 2"),
-        (WithoutDLPack(torch.ones(2, 3, dtype=torch.int8)), "keys has dtype torch.int8, which no kernel takes"),
+        (WithoutDLPack(torch.ones(2, 3, dtype=torch.int16)), "keys has dtype torch.int16, which no kernel takes"),
         (WithoutDLPack(torch.ones(2, 3, device="meta")), "keys lies on meta; pass a CPU tensor"),
     ],
 )

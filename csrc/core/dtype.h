@@ -6,7 +6,7 @@
 
 namespace rep_fast {
 
-enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kInt64, kBool };
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kInt64, kInt32, kInt8, kBool };
 
 // Storage only: kernels convert on load and never compute in 16 bits.
 struct BFloat16 {
@@ -28,6 +28,10 @@ constexpr const char* dtype_name(DType dtype) {
             return "float16";
         case DType::kInt64:
             return "int64";
+        case DType::kInt32:
+            return "int32";
+        case DType::kInt8:
+            return "int8";
         case DType::kBool:
             return "bool";
     }
@@ -47,6 +51,10 @@ template <>
 inline constexpr DType dtype_of<Float16> = DType::kFloat16;
 template <>
 inline constexpr DType dtype_of<std::int64_t> = DType::kInt64;
+template <>
+inline constexpr DType dtype_of<std::int32_t> = DType::kInt32;
+template <>
+inline constexpr DType dtype_of<std::int8_t> = DType::kInt8;
 template <>
 inline constexpr DType dtype_of<bool> = DType::kBool;
 

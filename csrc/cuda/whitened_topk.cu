@@ -3,7 +3,7 @@
 // One block owns one query, so its running top k lives in shared memory, its threshold rises while it reads, and the
 // result is the same whatever the schedule. It reads its row of approximate scores from L2, 4 bytes per pair; what
 // survives the threshold (a few per thousand after the first chunk) is scored in float64 by one warp per key, in one
-// order of summation.
+// order of summation. Scores are float32, or int32 sums of quantised rows; what a pair's bound is made of is a type.
 // Bytes: 4·S·n from L2, plus 2·M per survivor. Limit: L2 bandwidth. Registers, occupancy: not measured yet on a device.
 #include <cuda_runtime.h>
 
@@ -93,7 +93,51 @@ __device__ inline void collect(SelectionShared& shared, const bool (&survives)[k
     __syncthreads();
 }
 
-template <class Key>
+// One query's scores and the keys' share of their bounds: whether key j takes part and its score may reach the floor.
+// Bounds are made in double, so that the comparison adds no error; a NaN (∞ − ∞, 0 · ∞) tells nothing and survives.
+class FloatScores {
+  public:
+    __device__ FloatScores(const Selection& selection, std::int64_t query)
+        : scores_(selection.approximate + query * selection.approximate_stride),
+          key_norms_(selection.key_norms),
+          margin_(static_cast<double>(selection.query_margins[query])) {}
+
+    __device__ bool survives(std::int64_t key, double floor) const {
+        const auto norm = static_cast<double>(key_norms_[key]);
+        return norm < kInfinity && !(static_cast<double>(scores_[key]) + norm * margin_ < floor);
+    }
+
+  private:
+    const float* scores_;
+    const float* key_norms_;
+    double margin_;
+};
+
+class Int8Scores {
+  public:
+    __device__ Int8Scores(const Selection& selection, std::int64_t query)
+        : sums_(selection.int8.sums + query * selection.int8.stride),
+          key_steps_(selection.int8.key_steps),
+          key_margins_(selection.int8.key_margins),
+          step_(static_cast<double>(selection.int8.query_steps[query])),
+          margin_(static_cast<double>(selection.query_margins[query])) {}
+
+    __device__ bool survives(std::int64_t key, double floor) const {
+        const auto key_margin = static_cast<double>(key_margins_[key]);
+        const double by_step = step_ * static_cast<double>(sums_[key]) + margin_;
+        return key_margin == key_margin &&
+               !(static_cast<double>(key_steps_[key]) * by_step + step_ * key_margin < floor);
+    }
+
+  private:
+    const std::int32_t* sums_;
+    const float* key_steps_;
+    const float* key_margins_;
+    double step_;
+    double margin_;
+};
+
+template <class Key, class Scores>
 __global__ void __launch_bounds__(kThreads) select_hits_kernel(Selection selection) {
     auto& shared = shared_as<SelectionShared>();
     auto* scores = reinterpret_cast<double*>(&shared + 1);
@@ -104,19 +148,13 @@ __global__ void __launch_bounds__(kThreads) select_hits_kernel(Selection selecti
         return;  // the whole block leaves: this query holds a NaN or infinity
     }
     load_hits(selection, shared, scores, ids, query);
-    const float* approximate = selection.approximate + query * selection.approximate_stride;
+    const Scores own(selection, query);
     for (std::int64_t base = 0; base < selection.keys.n_keys; base += kTile) {
         const std::int64_t first = base + static_cast<std::int64_t>(threadIdx.x) * kScoresPerThread;
         bool survives[kScoresPerThread];
         int n_survivors = 0;
         for (int n = 0; n < kScoresPerThread; ++n) {
-            survives[n] = false;
-            if (first + n < selection.keys.n_keys) {
-                const double norm = static_cast<double>(selection.key_norms[first + n]);
-                // in double, so that the comparison adds no error; an approximate NaN (∞ − ∞) survives too
-                const double best = static_cast<double>(approximate[first + n]) + norm * static_cast<double>(margin);
-                survives[n] = norm < kInfinity && !(best < shared.floor);
-            }
+            survives[n] = first + n < selection.keys.n_keys && own.survives(first + n, shared.floor);
             n_survivors += survives[n] ? 1 : 0;
         }
         // most tiles have nothing: one barrier tells
@@ -141,7 +179,9 @@ void measure_typed(const KeyChunk& keys, std::int64_t first_id, const KeyNorms& 
 
 template <class Key>
 void select_typed(const Selection& selection, std::size_t shared_bytes, cudaStream_t stream) {
-    launch("select_hits", select_hits_kernel<Key>,
+    const auto kernel =
+        selection.int8.sums == nullptr ? select_hits_kernel<Key, FloatScores> : select_hits_kernel<Key, Int8Scores>;
+    launch("select_hits", kernel,
            {dim3(static_cast<unsigned>(selection.n_queries)), dim3(kThreads), shared_bytes, stream}, selection);
 }
 

@@ -46,6 +46,16 @@ struct ListedPairs {
     const std::int64_t* subjects = nullptr;
 };
 
+// Sums over products of rows in whole steps (quantised_rows.h): a score is key_step · query_step · sum, off by at most
+// key_step · margin(query) + query_step · key_margin.
+struct Int8Sums {
+    const std::int32_t* sums = nullptr;  // [n_queries, n_keys]; nullptr: the scores are those of a float32 product
+    std::int64_t stride = 0;
+    const float* key_steps = nullptr;    // [n_keys]
+    const float* key_margins = nullptr;  // [n_keys]; NaN: the row is left out
+    const float* query_steps = nullptr;  // [n_queries]
+};
+
 struct Selection {
     KeyChunk keys;
     const float* key_norms = nullptr;    // [n_keys], of `measure_keys`
@@ -53,6 +63,7 @@ struct Selection {
     std::int64_t first_id = 0;           // id of the block's row 0
     const float* approximate = nullptr;  // [n_queries, n_keys]
     std::int64_t approximate_stride = 0;
+    Int8Sums int8 = {};              // in place of `key_norms` and `approximate`
     const float* queries = nullptr;  // [n_queries, key_dim]
     std::int64_t query_stride = 0;
     const float* query_margins = nullptr;  // [n_queries]; NaN: the query is left out

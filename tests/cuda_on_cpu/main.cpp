@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
     test_gated_adapter();
     test_number();
     test_packed_scores();
+    test_quantised_rows();
     test_triangular_solve();
     test_whitened_topk();
     std::printf("cuda on cpu: passed\n");

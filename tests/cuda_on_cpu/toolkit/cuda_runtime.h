@@ -18,6 +18,9 @@
 #define __grid_constant__
 
 using dim3 = cuda_on_cpu::Dim3;
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
