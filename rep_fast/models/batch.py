@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rep_fast.errors import PromptError, TokenizationError
+from rep_fast.models.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class Batch:
 
     input_ids: [n, T] int64, T the longest row. lengths: [n] int64, each in 1..T, same device. prompt_lengths: [n]
     int64, each in 1..length: how many of a row's tokens are its prompt, what follows being a target; None: all.
+    row_lengths: `lengths` as numbers, known without a look at the device.
     """
 
     input_ids: Tensor
     lengths: Tensor
+    row_lengths: tuple[int, ...]
     prompt_lengths: Tensor | None = None
 
     @classmethod
@@ -48,12 +51,16 @@ class Batch:
             if not len(row):
                 raise TokenizationError(f"row {number} of the batch has no tokens; give a text that is not empty")
         width = max(len(row) for row in rows)
-        ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.int64, device=device)
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
-        if prompt_lengths is None:
-            return cls(ids, lengths)
-        _check_prompt_lengths(rows, prompt_lengths)
-        return cls(ids, lengths, torch.tensor(prompt_lengths, dtype=torch.int64, device=device))
+        if prompt_lengths is not None:
+            _check_prompt_lengths(rows, prompt_lengths)
+        row_lengths = tuple(len(row) for row in rows)
+        made = cls(
+            torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=torch.int64),
+            torch.tensor(row_lengths, dtype=torch.int64),
+            row_lengths,
+            None if prompt_lengths is None else torch.tensor(prompt_lengths, dtype=torch.int64),
+        )
+        return made if device is None else made.to(device)
 
     @property
     def n_rows(self) -> int:
@@ -62,7 +69,7 @@ class Batch:
     @property
     def n_tokens(self) -> int:
         """Real tokens, pads not counted."""
-        return int(self.lengths.sum())
+        return sum(self.row_lengths)
 
     @property
     def is_real(self) -> Tensor:
@@ -82,22 +89,23 @@ class Batch:
 
     def rows(self) -> list[list[int]]:
         """The ids of each row without pads."""
-        return [row[:length] for row, length in zip(self.input_ids.tolist(), self.lengths.tolist(), strict=True)]
+        return [row[:length] for row, length in zip(self.input_ids.tolist(), self.row_lengths, strict=True)]
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The given rows in the given order, cut to the longest of them."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.input_ids.device)
-        lengths = self.lengths[index]
+        index = sent(torch.as_tensor(rows, dtype=torch.int64), self.input_ids.device)
+        row_lengths = tuple(self.row_lengths[row] for row in rows)
         prompts = None if self.prompt_lengths is None else self.prompt_lengths[index]
-        return Batch(self.input_ids[index, : int(lengths.max())], lengths, prompts)
+        return Batch(self.input_ids[index, : max(row_lengths)], self.lengths[index], row_lengths, prompts)
 
     def to(self, device: torch.device | str) -> Batch:
-        prompts = None if self.prompt_lengths is None else self.prompt_lengths.to(device)
-        return Batch(self.input_ids.to(device), self.lengths.to(device), prompts)
+        device = torch.device(device)
+        prompts = None if self.prompt_lengths is None else sent(self.prompt_lengths, device)
+        return Batch(sent(self.input_ids, device), sent(self.lengths, device), self.row_lengths, prompts)
 
     def chunks(self, max_tokens: int) -> Iterator[list[int]]:
         """Row numbers in groups of similar length whose padded size stays within `max_tokens` (one row at least)."""
-        lengths = self.lengths.tolist()
+        lengths = self.row_lengths
         order = sorted(range(self.n_rows), key=lambda row: (-lengths[row], row))
         begin = 0
         while begin < len(order):

@@ -26,6 +26,7 @@ from rep_fast.models.layered import LayeredModel
 from rep_fast.models.resume import SuffixState
 from rep_fast.models.sites import Site
 from rep_fast.models.tokens import Answer, Located
+from rep_fast.models.transfer import sent
 from rep_fast.quiet_hub import no_weight_bars
 
 logger = logging.getLogger(__name__)
@@ -304,9 +305,9 @@ class EditableLM(LayeredModel):
         for rows in self._chunks(batch, max_tokens):
             hidden = self.run_base(batch.select(rows))
             counts = [len(at[row]) for row in rows]
-            index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(hidden.device)
+            index = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts))
             columns = torch.tensor([position for row in rows for position in at[row]], dtype=torch.int64)
-            logits = self.head(hidden[index, columns.to(hidden.device)])
+            logits = self.head(hidden[sent(index, hidden.device), sent(columns, hidden.device)])
             for row, piece in zip(rows, logits.split(counts), strict=True):
                 pieces[row] = piece
         return torch.cat([piece for piece in pieces if piece is not None])
@@ -349,7 +350,7 @@ class EditableLM(LayeredModel):
             part = batch.select(rows)
             with self.capture(wanted) as seen:
                 self._run_truncated(part, wanted)
-            spans = [(0, length) for length in part.lengths.tolist()]
+            spans = [(0, length) for length in part.row_lengths]
             if positions is not None:
                 spans = [(positions[row], positions[row] + 1) for row in rows]
             for site in wanted:
@@ -449,7 +450,7 @@ class EditableLM(LayeredModel):
     def _check_positions(self, batch: Batch, at: Sequence[Sequence[int]]) -> None:
         if len(at) != batch.n_rows:
             raise PromptError(f"positions were given for {len(at)} rows, the batch has {batch.n_rows}")
-        for row, (positions, length) in enumerate(zip(at, batch.lengths.tolist(), strict=True)):
+        for row, (positions, length) in enumerate(zip(at, batch.row_lengths, strict=True)):
             for position in positions:
                 if not 0 <= position < length:
                     raise PromptError(f"position {position} of row {row} lies outside its {length} tokens")

@@ -57,6 +57,10 @@ class LayeredModel:
         """Where token ids go: the device of the input embeddings."""
         return self.token_embeddings.device
 
+    def layer_device(self, layer: int) -> torch.device:
+        """Where a layer computes, and with it its keys, values and whatever acts on them."""
+        return next(self.down_proj(layer).parameters()).device
+
     @property
     def dtype(self) -> torch.dtype:
         return self.token_embeddings.dtype

@@ -7,7 +7,7 @@ lookup position on and the attention keys and values of the tokens before it; ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from rep_fast.errors import LayerError, PromptError
 from rep_fast.models.batch import Batch
 from rep_fast.models.families import BlockInputs, attention_window
 from rep_fast.models.hooks import captured_at, first_tensor
+from rep_fast.models.read_plan import ReadPlan
 from rep_fast.models.sites import Site
+from rep_fast.models.transfer import sent
 
 if TYPE_CHECKING:
     from rep_fast.models.editable_lm import EditableLM
@@ -45,18 +47,29 @@ class SuffixState:
     bounds: tuple[tuple[int, int], ...] = field(repr=False)  # (start, length) of each row, known without a device copy
     inputs: tuple[BlockInputs, ...] = field(repr=False)  # of the layers above l
     weights: tuple[nn.Parameter, ...] = field(repr=False)  # of the layers above l, final norm and head
+    plans: dict[Hashable, ReadPlan] = field(default_factory=dict, repr=False, compare=False)  # of earlier resumptions
 
     @property
     def n_rows(self) -> int:
         return self.hidden.shape[0]
 
+    def read_plan(self, lm: EditableLM, at: Sequence[Sequence[int]], read_layers: Sequence[int] | None) -> ReadPlan:
+        """See `ReadPlan.of`; kept, since a descent asks for the same tokens in every step."""
+        asked = (tuple(map(tuple, at)), None if read_layers is None else tuple(read_layers))
+        if asked not in self.plans:
+            self.plans[asked] = ReadPlan.of(lm, self, at, read_layers)
+        return self.plans[asked]
+
     def select(self, rows: Sequence[int]) -> SuffixState:
         """The state of the given rows alone, in the given order."""
         index = torch.tensor(list(rows), dtype=torch.int64)
+        on_device: dict[torch.device, Tensor] = {}
         masks: dict[int, Tensor] = {}  # layers share their masks, and go on sharing them
 
         def chosen(tensor: Tensor) -> Tensor:
-            return tensor.index_select(0, index.to(tensor.device))
+            if tensor.device not in on_device:
+                on_device[tensor.device] = sent(index, tensor.device)
+            return tensor.index_select(0, on_device[tensor.device])
 
         def of_block(inputs: BlockInputs) -> BlockInputs:
             mask = masks.setdefault(id(inputs.mask), chosen(inputs.mask))
@@ -66,7 +79,7 @@ class SuffixState:
 
         return replace(
             self, starts=chosen(self.starts), lengths=chosen(self.lengths), hidden=chosen(self.hidden),
-            bounds=tuple(self.bounds[row] for row in rows), inputs=tuple(map(of_block, self.inputs)),
+            bounds=tuple(self.bounds[row] for row in rows), inputs=tuple(map(of_block, self.inputs)), plans={},
         )  # fmt: skip
 
 
@@ -89,21 +102,22 @@ def suffix_state(lm: EditableLM, batch: Batch, layer: int, starts: Sequence[int]
     layer = layer if layer == EMBEDDINGS else lm.check_layer(layer)
     check_attention(lm)
     batch = batch.to(lm.device)
-    starts = _checked_starts(batch, starts)
+    row_starts = _checked_starts(batch, starts)
+    bounds = tuple(zip(row_starts, batch.row_lengths, strict=True))
+    starts = sent(torch.tensor(row_starts), batch.lengths.device)
     residual = Site("hidden", layer)
     place = (lm.blocks[0], True) if layer == EMBEDDINGS else (lm.blocks[layer], False)
     cache = DynamicCache()  # without config: sliding layers too keep every token, the mask below hides the far ones
     with torch.no_grad(), captured_at({residual: place}) as seen:
         lm.run_base(batch, cache=cache)
-        width = int((batch.lengths - starts).max())
+        width = max(length - start for start, length in bounds)
         position_ids = starts[:, None] + torch.arange(width, device=starts.device)
         is_real = position_ids < batch.lengths[:, None]
         position_ids = position_ids.clamp(max=batch.input_ids.shape[1] - 1)
         full = seen[residual]
         rows = torch.arange(batch.n_rows, device=full.device)[:, None]
         hidden = full[rows, position_ids.to(full.device)] * is_real[..., None].to(full)
-        inputs = _block_inputs(lm, layer, cache, starts, position_ids, hidden)
-    bounds = tuple(zip(starts.tolist(), batch.lengths.tolist(), strict=True))
+        inputs = _block_inputs(lm, layer, cache, starts, max(row_starts), position_ids, hidden)
     above = [*lm.blocks[layer + 1 :], lm.final_norm, lm.head]
     weights = tuple(parameter for module in above for parameter in module.parameters())
     return SuffixState(layer, starts, batch.lengths, hidden, bounds, inputs, weights)
@@ -126,48 +140,34 @@ def resume(
     """
     if hidden.shape != state.hidden.shape:
         raise LayerError(f"hidden has shape {tuple(hidden.shape)}, the state needs {tuple(state.hidden.shape)}")
-    rows, columns = _suffix_index(state, at)
-    read_at = _read_layers(lm, state, read_layers)[rows]
+    plan = state.read_plan(lm, at, read_layers)
     pieces: list[Tensor] = []
     with _weights_fixed(state.weights):
-        for layer in range(state.layer, int(read_at.max()) + 1):
+        for layer in range(state.layer, plan.deepest + 1):
             if layer > state.layer:
                 inputs = state.inputs[layer - state.layer - 1]
                 hidden = first_tensor(lm.layout.run_block(lm.blocks[layer], hidden, inputs))
-            read = (read_at == layer).nonzero()[:, 0]
-            if len(read):
-                pieces.append(hidden[rows[read].to(hidden.device), columns[read].to(hidden.device)])
-        # pieces lie by layer, the answer goes row by row
-        order = torch.argsort(torch.argsort(read_at, stable=True)).to(hidden.device)
-        joined = pieces[0] if len(pieces) == 1 else torch.cat([piece.to(hidden.device) for piece in pieces])[order]
+            if layer in plan.tokens:
+                pieces.append(hidden[plan.tokens[layer]])
+        joined = pieces[0]
+        if plan.order is not None:  # pieces lie by layer, the answer goes row by row
+            joined = torch.cat([piece.to(hidden.device) for piece in pieces])[plan.order]
         return lm.head(lm.final_norm(joined))
 
 
-def _read_layers(lm: EditableLM, state: SuffixState, read_layers: Sequence[int] | None) -> Tensor:
-    last = lm.n_layers - 1
-    chosen = [last] * state.n_rows if read_layers is None else [lm.check_layer(layer) for layer in read_layers]
-    if len(chosen) != state.n_rows:
-        raise PromptError(f"layers to read were given for {len(chosen)} rows, the state has {state.n_rows}")
-    if min(chosen) < state.layer:
-        raise LayerError(f"layer {min(chosen)} lies below layer {state.layer}, from which this forward is resumed")
-    return torch.tensor(chosen, dtype=torch.int64)
-
-
-def _checked_starts(batch: Batch, starts: Sequence[int] | Tensor) -> Tensor:
-    checked = torch.as_tensor(starts, dtype=torch.int64).to(batch.lengths.device)
-    if checked.shape != batch.lengths.shape:
-        raise PromptError(f"{checked.numel()} starts were given for {batch.n_rows} rows; give one per row")
-    outside = ((checked < 0) | (checked >= batch.lengths)).nonzero()
-    if len(outside):
-        row = int(outside[0])
-        raise PromptError(f"start {int(checked[row])} of row {row} lies outside its {int(batch.lengths[row])} tokens")
+def _checked_starts(batch: Batch, starts: Sequence[int] | Tensor) -> list[int]:
+    checked: list[int] = torch.as_tensor(starts, dtype=torch.int64).tolist()
+    if len(checked) != batch.n_rows:
+        raise PromptError(f"{len(checked)} starts were given for {batch.n_rows} rows; give one per row")
+    for row, (start, length) in enumerate(zip(checked, batch.row_lengths, strict=True)):
+        if not 0 <= start < length:
+            raise PromptError(f"start {start} of row {row} lies outside its {length} tokens")
     return checked
 
 
 def _block_inputs(
-    lm: EditableLM, layer: int, cache: DynamicCache, starts: Tensor, position_ids: Tensor, hidden: Tensor
+    lm: EditableLM, layer: int, cache: DynamicCache, starts: Tensor, n_prefix: int, position_ids: Tensor, hidden: Tensor
 ) -> tuple[BlockInputs, ...]:
-    n_prefix = int(starts.max())
     rotary = lm.rotary(hidden, position_ids)
     masks: dict[int | None, Tensor] = {}
     inputs = []
@@ -213,20 +213,6 @@ def mask_for(lm: EditableLM, visible: Tensor, dtype: torch.dtype) -> Tensor:
     if lm.config._attn_implementation == "sdpa":
         return visible
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
-
-
-def _suffix_index(state: SuffixState, at: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    if len(at) != len(state.bounds):
-        raise PromptError(f"positions were given for {len(at)} rows, the state has {len(state.bounds)}")
-    rows: list[int] = []
-    columns: list[int] = []
-    for row, (positions, (start, length)) in enumerate(zip(at, state.bounds, strict=True)):
-        for position in positions:
-            if not start <= position < length:
-                raise PromptError(f"position {position} of row {row} lies outside its suffix {start}..{length - 1}")
-            rows.append(row)
-            columns.append(position - start)
-    return torch.tensor(rows, dtype=torch.int64), torch.tensor(columns, dtype=torch.int64)
 
 
 @contextmanager
