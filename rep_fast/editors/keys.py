@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rep_fast.facts import Fact
 from rep_fast.models import Batch, EditableLM, RowState, Site, advance, enter_layer, read_rows
+from rep_fast.models.transfer import sent
 
 # padded tokens of one pass
 PASS_TOKENS = 16384
@@ -85,12 +86,13 @@ class KeyReader:
             if chunk.is_bare:
                 values |= zip(chunk.numbers, _last_tokens(seen[site], chunk.batch), strict=True)
         stacked = torch.stack([keys[number] for number in range(len(keys))])
-        bare = self._row_of[:, 0]
+        row_of = sent(self._row_of, stacked.device)
+        bare = row_of[:, 0]
         averaged = stacked[bare]
         if self._row_of.shape[1] > 1:  # template by template: [n, P, M] at once would be large
-            rest = sum(stacked[column] for column in self._row_of[:, 1:].T) / (self._row_of.shape[1] - 1)
+            rest = sum(stacked[column] for column in row_of[:, 1:].T) / (self._row_of.shape[1] - 1)
             averaged = (averaged + rest) / 2
-        return averaged, torch.stack([values[number] for number in bare.tolist()])
+        return averaged, torch.stack([values[number] for number in self._row_of[:, 0].tolist()])
 
     def _entering(self, chunk: _Chunk, layer: int) -> RowState:
         if chunk.state is None:

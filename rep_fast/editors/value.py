@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from rep_fast.editors.value_texts import GroupTexts, edit_texts
 from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM, Site, SuffixState
+from rep_fast.models.transfer import sent
 
 # padded tokens that are optimised together: their activations in all layers above the edit are held for the gradient
 VALUE_TOKENS = 4096
@@ -155,7 +157,7 @@ class ResumedForward:
         begin = layer - 1 if sites == ATTENTION_AND_VALUE else layer
         with torch.no_grad(), lm.capture([key_site, *value_sites]) as seen:
             state = lm.suffix_state(batch, begin, starts)
-        at_lookup = torch.tensor(lookup, device=lm.device)
+        at_lookup = sent(torch.tensor(lookup), lm.device)
         bounds = _first_rows(groups)
         keys = [seen.at(key_site, at_lookup)[first:end] for first, end in bounds]
         values = [[seen.at(site, at_lookup)[first:end] for site in value_sites] for first, end in bounds]
@@ -164,7 +166,7 @@ class ResumedForward:
         group_of = [number for number, group in enumerate(groups) for _ in group.rows]
         read_layers = _read_layers(lm, groups, sites, hparams)
         forward = cls(
-            lm, tuple(groups), state, is_lookup, torch.tensor(group_of, device=suffix.device), layer, sites, read_layers
+            lm, tuple(groups), state, is_lookup, sent(torch.tensor(group_of), suffix.device), layer, sites, read_layers
         )
         return forward, keys, values
 
@@ -183,12 +185,14 @@ class ResumedForward:
     def select(self, groups: Sequence[int]) -> ResumedForward:
         """See `value_descent.Forward`."""
         chosen = [self.groups[number] for number in groups]
-        rows = torch.cat([(self.group_of == number).nonzero()[:, 0] for number in groups])
+        ends = list(accumulate(group.n_rows for group in self.groups))
+        rows = [row for number in groups for row in range(ends[number] - self.groups[number].n_rows, ends[number])]
         group_of = [place for place, group in enumerate(chosen) for _ in group.rows]
+        device = self.group_of.device
         return ResumedForward(
-            self.lm, tuple(chosen), self.state.select(rows.tolist()), self.is_lookup[rows],
-            torch.tensor(group_of, device=rows.device), self.layer, self.sites,
-            tuple(self.read_layers[row] for row in rows.tolist()),
+            self.lm, tuple(chosen), self.state.select(rows), self.is_lookup[sent(torch.tensor(rows), device)],
+            sent(torch.tensor(group_of), device), self.layer, self.sites,
+            tuple(self.read_layers[row] for row in rows),
         )  # fmt: skip
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rep_fast.editors.value_texts import GroupTexts, LossRows
+from rep_fast.models.transfer import Arriving, sent
 
 _SMALLEST_NORM = 1e-12
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -65,7 +66,7 @@ class Descent:
     answered: tuple[bool, ...]
 
 
-def descend(forward: Forward, v_0: Tensor, hparams: ValueHparams) -> list[Descent]:
+def descend(forward: Forward, v_0: Tensor, hparams: ValueHparams, *, lag: int | None = None) -> list[Descent]:
     """Optimise one vector per group and site.
 
     L(δ) = mean NLL of the targets + kl_factor·KL(p_δ ‖ p_0) + Σ_sites v_weight_decay·‖δ‖/‖v_0‖²; δ and Adam's state are
@@ -73,15 +74,18 @@ def descend(forward: Forward, v_0: Tensor, hparams: ValueHparams) -> list[Descen
 
     Args:
         v_0: [G, S, D], the unedited value of each group at each site.
+        lag: steps after which the host learns which groups are done; None: 0 on the CPU, elsewhere 1, so that it never
+            waits for a step without having queued the next. A group that is done does not move, so that the result is
+            that of lag 0 (of several groups, to the rounding of the sizes of their batches).
     """
     dtype = torch.promote_types(v_0.dtype, torch.float32)
     norms = v_0.detach().to(dtype).norm(dim=-1)
     deltas = torch.zeros(v_0.shape, dtype=dtype, device=v_0.device)
     adam = _Adam(deltas, hparams.v_lr)
-    losses: list[list[float]] = [[] for _ in forward.groups]
-    paths: list[list[Tensor]] = [[] for _ in forward.groups]
+    progress = _Progress(len(norms), lag=int(v_0.device.type != "cpu") if lag is None else lag)
     answered: list[tuple[bool, ...]] = []
     active, loss_of = torch.arange(len(norms), device=v_0.device), None
+    is_done = torch.zeros(len(norms), dtype=torch.bool, device=v_0.device)
     for step in range(hparams.v_steps):
         free = deltas[active].requires_grad_()
         log_p = forward.logits(free).to(dtype).log_softmax(dim=-1)
@@ -90,20 +94,74 @@ def descend(forward: Forward, v_0: Tensor, hparams: ValueHparams) -> list[Descen
             loss_of = _Loss(rows, log_p[rows.kl_at].detach(), norms, hparams)
             answered = rows.facts_answered(log_p)
         loss, done = loss_of(log_p, free)
-        for group, value, delta in zip(active.tolist(), loss.tolist(), free.detach(), strict=True):
-            losses[group].append(value)
-            paths[group].append(delta)
-        if bool(done.all()) or step == hparams.v_steps - 1:
+        is_done = is_done | done.to(is_done.device)
+        left = progress.after(loss.detach(), free.detach(), is_done)
+        if not left or step == hparams.v_steps - 1:
             break
         (gradient,) = torch.autograd.grad(loss.sum(), [free])  # weights get no gradient, nothing accumulates
-        if bool(done.any()):
-            left = (~done).nonzero()[:, 0]
-            active, gradient, forward = active[left], gradient[left], forward.select(left.tolist())
-            loss_of = loss_of.select(left, forward.groups)
-        moved = deltas[active] - adam.step(gradient, active)
-        bound = (hparams.clamp_norm_factor * norms[active])[..., None]
-        deltas[active] = moved * (bound / moved.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)).clamp_max(1.0)
-    return [Descent(tuple(a), torch.stack(b), c) for a, b, c in zip(losses, paths, answered, strict=True)]
+        if len(left) < len(active):
+            kept = sent(torch.tensor(left), active.device)
+            active, gradient, is_done = active[kept], gradient[kept], is_done[kept]
+            forward = forward.select(left)
+            loss_of = loss_of.select(kept, forward.groups)
+        before = deltas[active]
+        moved = _clamped(before - adam.step(gradient, active), hparams.clamp_norm_factor * norms[active])
+        deltas[active] = torch.where(is_done[:, None, None], before, moved)
+    return progress.descents(answered)
+
+
+def _clamped(deltas: Tensor, bounds: Tensor) -> Tensor:
+    """Vectors [G, S, D] cut to the norms [G, S] where they are longer."""
+    return deltas * (bounds[..., None] / deltas.norm(dim=-1, keepdim=True).clamp_min(_SMALLEST_NORM)).clamp_max(1.0)
+
+
+class _Shown(NamedTuple):
+    """What a forward of some groups showed: losses [A], deltas [A, S, D] and who is done [A]."""
+
+    groups: list[int]
+    losses: Tensor
+    deltas: Tensor
+    is_done: Tensor
+
+
+class _Progress:
+    """What every forward showed, read in one copy at the end, and which groups go on.
+
+    n_groups: at the start. lag: forwards between a group's end and the host's learning of it.
+    """
+
+    def __init__(self, n_groups: int, *, lag: int) -> None:
+        self._active, self._lag = list(range(n_groups)), lag
+        self._shown: list[_Shown] = []
+        self._underway: list[Arriving] = []
+
+    def after(self, losses: Tensor, deltas: Tensor, is_done: Tensor) -> list[int]:
+        """Takes in a forward of the active groups; returns the places among them of those not known to be done."""
+        self._shown.append(_Shown(self._active, losses, deltas, is_done))
+        self._underway.append(Arriving(is_done))
+        if len(self._underway) <= self._lag:
+            return list(range(len(self._active)))
+        told, groups = self._underway.pop(0).read().tolist(), self._shown[-1 - self._lag].groups
+        done = {group for group, is_over in zip(groups, told, strict=True) if is_over}
+        left = [place for place, group in enumerate(self._active) if group not in done]
+        self._active = [self._active[place] for place in left]
+        return left
+
+    def descents(self, answered: Sequence[tuple[bool, ...]]) -> list[Descent]:
+        """Each group's forwards up to the one that ended it."""
+        losses: list[list[float]] = [[] for _ in answered]
+        paths: list[list[Tensor]] = [[] for _ in answered]
+        ended: set[int] = set()
+        values = iter(torch.cat([shown.losses for shown in self._shown]).tolist())
+        ends = iter(torch.cat([shown.is_done for shown in self._shown]).tolist())
+        for shown in self._shown:
+            for group, delta, value, is_end in zip(shown.groups, shown.deltas, values, ends, strict=False):
+                if group not in ended:
+                    losses[group].append(value)
+                    paths[group].append(delta)
+                if is_end:
+                    ended.add(group)
+        return [Descent(tuple(a), torch.stack(b), c) for a, b, c in zip(losses, paths, answered, strict=True)]
 
 
 class _Loss:
@@ -119,7 +177,7 @@ class _Loss:
         after = log_p[self._rows.kl_at]
         # expectation under the current distribution, as in ROME
         kl = hparams.kl_factor * (after.exp() * (after - self._log_p_0)).sum(dim=-1)
-        decay = hparams.v_weight_decay * (deltas.norm(dim=-1) / self._norms**2).sum(dim=-1)
+        decay = hparams.v_weight_decay * (deltas.norm(dim=-1) / self._norms**2).sum(dim=-1).to(kl.device)
         done = torch.zeros_like(kl, dtype=torch.bool)
         if hparams.stop_when_answered:
             is_answered = self._rows.groups_answered(log_p)
@@ -133,7 +191,7 @@ class _Loss:
     def select(self, left: Tensor, groups: Sequence[GroupTexts]) -> _Loss:
         """The loss of the groups `left`."""
         rows = LossRows.of(groups, device=self._log_p_0.device)
-        return _Loss(rows, self._log_p_0[left], self._norms[left], self._hparams)
+        return _Loss(rows, self._log_p_0[left.to(self._log_p_0.device)], self._norms[left], self._hparams)
 
 
 class _Adam:

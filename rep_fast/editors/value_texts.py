@@ -15,6 +15,7 @@ from torch import Tensor
 from rep_fast.errors import TokenizationError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM
+from rep_fast.models.transfer import sent
 
 KL_PROMPT = "{} is a"
 
@@ -25,14 +26,14 @@ class EditTexts:
 
     rows: ids, the new target's tokens but the last appended to all but the last row. lookup: position of the subject's
     last token per row. answer_at: per row the positions whose logits are read. prompt_lengths: tokens of each row that
-    are its prompt. target_ids [P, T].
+    are its prompt. target_ids: of each row but the KL prompt's.
     """
 
     rows: tuple[tuple[int, ...], ...]
     lookup: tuple[int, ...]
     answer_at: tuple[tuple[int, ...], ...]
     prompt_lengths: tuple[int, ...]
-    target_ids: Tensor
+    target_ids: tuple[tuple[int, ...], ...]
 
 
 def edit_texts(
@@ -70,9 +71,7 @@ def edit_texts(
     lookup.append(kept.position)
     answer_at.append((kept.position,))
     prompt_lengths.append(kept.position + 1)
-    return EditTexts(
-        tuple(rows), tuple(lookup), tuple(answer_at), tuple(prompt_lengths), torch.tensor(targets, device=lm.device)
-    )
+    return EditTexts(tuple(rows), tuple(lookup), tuple(answer_at), tuple(prompt_lengths), tuple(targets))
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class GroupTexts:
     @classmethod
     def of(cls, facts: Sequence[Fact], texts: Sequence[EditTexts]) -> GroupTexts:
         """The group of facts whose texts these are; their subject is one, so the first one's KL prompt serves all."""
-        targets = [tuple(row) for found in texts for row in found.target_ids.tolist()]
+        targets = [row for found in texts for row in found.target_ids]
         return cls(
             tuple(facts),
             (*(row for found in texts for row in found.rows[:-1]), texts[0].rows[-1]),
@@ -151,10 +150,10 @@ class LossRows:
             first_fact += n_facts
         n_facts_of = tuple(len(group.facts) for group in groups)
         at, ids, weights, fact_of, group_of, is_bare = (
-            torch.tensor(column, dtype=torch.float64 if isinstance(column[0], float) else None, device=device)
+            sent(torch.tensor(column, dtype=torch.float64 if isinstance(column[0], float) else None), device)
             for column in zip(*entries, strict=True)
         )
-        return cls(at, ids, weights, fact_of, group_of, is_bare, torch.tensor(kl_at, device=device), n_facts_of)
+        return cls(at, ids, weights, fact_of, group_of, is_bare, sent(torch.tensor(kl_at), device), n_facts_of)
 
     def nll(self, log_p: Tensor) -> Tensor:
         """Mean negative log-likelihood of each group's targets [G], from log-probabilities of all rows [Σ, V]."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from rep_fast.edits import Edit, KeyAdapter, active_composition, with_native_keys
 from rep_fast.errors import HparamError
 from rep_fast.models import EditableLM
+from rep_fast.models.transfer import sent
 from rep_fast.ops import AdapterWeights
 from rep_fast.presets import flat_mapping
 from rep_fast.rep.adam import Adam
@@ -98,7 +99,7 @@ def _train_layer(
     start = KeyAdapter.initial(
         lm.key_width(layer), rank=hparams.rank, gate_hidden=hparams.gate_hidden(lm.key_width(layer)), tau=hparams.tau,
         seed=seed, trained_for=(forms.fact.subject,),
-    ).to(device=lm.device)  # fmt: skip
+    ).to(device=lm.layer_device(layer))  # fmt: skip
     weights, losses = fit(start.weights, keys, hparams, seed=seed)
     trained = KeyAdapter(weights, tau=hparams.tau, trained_for=(forms.fact.subject,))
     notes = {
@@ -255,7 +256,7 @@ def _slices(keys: Tensor, size: int | None, order_seed: str) -> Iterator[Tensor]
             yield keys
     order = list(range(len(keys)))
     random.Random(order_seed).shuffle(order)
-    shuffled = keys[torch.tensor(order, device=keys.device)]
+    shuffled = keys[sent(torch.tensor(order), keys.device)]
     looped = torch.cat([shuffled, shuffled[:size]])  # a slice may run over the end
     begin = 0
     while True:
@@ -268,7 +269,7 @@ def _dropped(rows: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     if rate == 0.0:
         return rows
     kept = torch.rand(rows.shape, generator=generator) >= rate
-    return rows * (kept / (1 - rate)).to(rows)
+    return rows * sent((kept / (1 - rate)).to(rows.dtype), rows.device)
 
 
 def _edited_layers(edit: Edit) -> list[int]:

@@ -104,6 +104,43 @@ def test_early_stop_ends_a_group_alone() -> None:
         torch.testing.assert_close(found.deltas, whole.deltas[:n], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("lag", [1, 2, 30])
+def test_what_the_host_learns_late_changes_nothing(lag: int) -> None:
+    """A group that is done stays where it is: bit for bit alone, to rounding in a batch, whose size differs."""
+    hparams = replace(HPARAMS, v_steps=12)
+    stop = sorted(descent.losses[4] for descent in descend(Linear.random(4), v_0(4), hparams))[1] * (1 + 1e-12)
+    hparams = replace(hparams, early_stop=stop)
+    lengths = set()
+    for group in range(4):
+        whole = Linear.random(4)
+        alone, start = Linear([GROUP], whole.base[group][None], whole.map), v_0(4)[group][None]
+        (expected,), (found,) = (descend(alone, start, hparams, lag=late) for late in (0, lag))
+        assert found.losses == expected.losses
+        assert torch.equal(found.deltas, expected.deltas)
+        lengths.add(len(found.losses))
+    assert len(lengths) > 1
+    at_once, late = (descend(Linear.random(4), v_0(4), hparams, lag=late) for late in (0, lag))
+    for expected, found in zip(at_once, late, strict=True):
+        assert found.losses == pytest.approx(expected.losses, rel=1e-12)
+        torch.testing.assert_close(found.deltas, expected.deltas, rtol=1e-12, atol=1e-12)
+
+
+def test_a_lag_costs_as_many_forwards_and_no_more() -> None:
+    counted = []
+
+    class Counted(Linear):
+        def logits(self, deltas: Tensor) -> Tensor:
+            counted.append(len(deltas))
+            return super().logits(deltas)
+
+    hparams = replace(HPARAMS, v_steps=20, early_stop=1e9)  # done at once
+    for lag in (0, 1, 3):
+        whole = Linear.random(2)
+        descend(Counted(whole.groups, whole.base, whole.map), v_0(2), hparams, lag=lag)
+        assert len(counted) == 1 + lag
+        counted.clear()
+
+
 def test_pmet_stops_once_every_text_is_answered_and_the_kl_term_is_small() -> None:
     """The target's weight falls to a tenth where all texts are answered; then a weighted KL of 0.01 ends it."""
     forward, start = Linear.random(5, seed=2), v_0(5)
