@@ -2,12 +2,11 @@
 
 C = E[k kᵀ] is the statistic behind every closed-form editor (ROME, MEMIT). A float32 running sum over 1e8 tokens loses
 digits, so blocks of tokens are multiplied in float32 and their products are added in float64. On a GPU 16-bit keys have
-a kernel, with one look at the counters per call; other keys are torch's.
+a kernel, other keys are torch's, and the numbers of tokens stay there until a sum is read: nothing waits for a block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from rep_fast.ops import native
 from rep_fast.ops.backend import Backend, choose, choose_or_warn
 from rep_fast.ops.finite import is_finite
 from rep_fast.ops.gate_gradient import dense_rows
-from rep_fast.ops.moment_on_gpu import accumulate_on_gpu, count_tokens
+from rep_fast.ops.moment_on_gpu import UnreadTokens, accumulate_on_gpu, count_tokens
 from rep_fast.ops.profile import recorded
 
 # rows the torch body multiplies in float32 before it adds the product in float64: the error of one entry is at most
@@ -30,22 +29,70 @@ _NAME = "accumulate_moment"
 _KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass
 class MomentSum:
     """Running Σ k kᵀ over tokens: float64 lower triangle and token count.
 
     Merging is exactly commutative and associative up to float64 rounding, so processes and machines combine their
-    shards in any order.
+    shards in any order. On a GPU everything but `lower` waits for the device when it is read.
 
     Attributes:
         lower: [M, M] float64; entries above the diagonal are not used.
         count: tokens added.
         n_nonfinite: tokens left out because they held a NaN or infinity (`nonfinite="exclude"`).
+
+    Raises:
+        NonFiniteError: on a GPU, when read: a NaN or infinity in a token that counted, which was left out.
     """
 
-    lower: Tensor
-    count: int = 0
-    n_nonfinite: int = 0
+    def __init__(self, lower: Tensor, count: int = 0, n_nonfinite: int = 0) -> None:
+        self.lower = lower
+        self._count, self._n_nonfinite = count, n_nonfinite
+        self._unread: list[tuple[Tensor, bool]] = []
+        self._refused: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Tokens added."""
+        self.settle()
+        return self._count
+
+    @count.setter
+    def count(self, count: int) -> None:
+        self.settle()
+        self._count = count
+
+    @property
+    def n_nonfinite(self) -> int:
+        """Tokens left out."""
+        self.settle()
+        return self._n_nonfinite
+
+    @n_nonfinite.setter
+    def n_nonfinite(self, n_nonfinite: int) -> None:
+        self.settle()
+        self._n_nonfinite = n_nonfinite
+
+    def count_later(self, numbers: Tensor, *, refuses_nonfinite: bool) -> None:
+        """Tokens were added to `lower`; the device knows `numbers` [3] of them, see `UnreadTokens`."""
+        self._unread.append((numbers, refuses_nonfinite))
+
+    def settle(self) -> None:
+        """Read the numbers that are still on the device, in one copy.
+
+        Raises:
+            NonFiniteError: there was a NaN or infinity; it is raised again by every later reading.
+        """
+        if self._unread:
+            numbers = torch.stack([own for own, _ in self._unread]).tolist()
+            rules, self._unread = [refuses for _, refuses in self._unread], []
+            for (counted, nonfinite, first), refuses in zip(numbers, rules, strict=True):
+                self._count += counted
+                if nonfinite and refuses:
+                    self._refused = self._refused or _nonfinite_message(first)
+                else:
+                    self._n_nonfinite += nonfinite
+        if self._refused is not None:
+            raise NonFiniteError(self._refused)
 
     @classmethod
     def zeros(cls, key_dim: int, *, device: torch.device | str | None = None) -> MomentSum:
@@ -122,47 +169,61 @@ def accumulate_moment(
     Raises:
         HparamError: shapes, dtypes or devices do not fit, or an option is unknown.
         BackendError: precision "bf16" where there are no such products.
-        NonFiniteError: a NaN or infinity in a token that counts; `total` is then unchanged.
+        NonFiniteError: a NaN or infinity in a token that counts; `total` is then unchanged. On a GPU it is raised when
+            the sum is read, see `MomentSum`.
     """
     _check(total, keys, mask, nonfinite, precision)
+    if keys.device.type != "cpu" or _body(keys).is_cuda:
+        unread = _tokens_on_device(keys.detach(), mask)
+        torch.ops.rep_fast.accumulate_moment(total.lower, unread.rows, precision, unread.counts)
+        total.count_later(unread.numbers, refuses_nonfinite=nonfinite == "raise")
+        return total
     tokens = _tokens_that_count(keys.detach(), mask)
     if tokens.n_nonfinite:
         if nonfinite == "raise":
-            raise NonFiniteError(
-                f"accumulate_moment: keys hold a NaN or infinity in row {tokens.first_nonfinite};"
-                " fix them or pass nonfinite='exclude'"
-            )
+            raise NonFiniteError(_nonfinite_message(tokens.first_nonfinite))
         total.n_nonfinite += tokens.n_nonfinite
-    if tokens.n_counted:
-        torch.ops.rep_fast.accumulate_moment(total.lower, tokens.rows, precision, tokens.counts)
-    total.count += tokens.n_counted
+    if len(tokens.rows):
+        torch.ops.rep_fast.accumulate_moment(total.lower, tokens.rows, precision)
+    total.count += len(tokens.rows)
     return total
 
 
 class _Tokens(NamedTuple):
-    """Rows among which `counts` tells those that count (None: all), and what `CountedTokens` knows of them."""
+    """The rows that count, how many of the mask hold a NaN or infinity, and which is the first of those."""
 
     rows: Tensor
-    counts: Tensor | None
-    n_counted: int
     n_nonfinite: int = 0
     first_nonfinite: int = -1
 
 
 def _tokens_that_count(keys: Tensor, mask: Tensor | None) -> _Tokens:
-    chosen = _body(keys)
-    if chosen.module is not None and chosen.is_cuda:
-        keys = dense_rows(keys)
-        return _Tokens(keys, *count_tokens(chosen.module, keys, mask))
     rows = keys if mask is None else keys[mask]
     if is_finite(rows):
-        return _Tokens(rows, None, len(rows))
+        return _Tokens(rows)
     finite = torch.isfinite(rows).all(dim=1)
     first = int((~finite).nonzero()[0])
     if mask is not None:
         first = int(mask.nonzero()[first])
     rows = rows[finite]
-    return _Tokens(rows, None, len(rows), len(finite) - len(rows), first)
+    return _Tokens(rows, len(finite) - len(rows), first)
+
+
+def _tokens_on_device(keys: Tensor, mask: Tensor | None) -> UnreadTokens:
+    chosen = _body(keys)
+    if chosen.module is not None:
+        keys = dense_rows(keys)
+        return UnreadTokens(keys, *count_tokens(chosen.module, keys, mask))
+    finite = torch.isfinite(keys).all(dim=1)
+    masked = torch.ones_like(finite) if mask is None else mask.to(keys.device)
+    bad = ~finite & masked
+    counts = finite & masked
+    numbers = torch.stack([counts.sum(), bad.sum(), bad.long().argmax() if len(keys) else bad.sum()])
+    return UnreadTokens(keys, counts, numbers)
+
+
+def _nonfinite_message(row: int) -> str:
+    return f"accumulate_moment: keys hold a NaN or infinity in row {row}; fix them or pass nonfinite='exclude'"
 
 
 def _body(keys: Tensor) -> Backend:
@@ -214,7 +275,8 @@ def _accumulate_moment(lower: Tensor, keys: Tensor, precision: str, counts: Tens
         if chosen.module is not None and chosen.is_cuda and lower.stride(1) == 1:
             accumulate_on_gpu(chosen.module, lower, dense_rows(keys), counts)
             return
-        keys = keys if counts is None else keys[counts]
+        if counts is not None:  # rows of zeros add nothing, and are not cut out: that would wait for a device
+            keys = torch.where(counts[:, None], keys, 0)
         if chosen.module is not None and not chosen.is_cuda and lower.stride(1) == 1:
             chosen.module.accumulate_moment(dense_rows(keys), lower, precision, chosen.level, native.n_threads())
             return

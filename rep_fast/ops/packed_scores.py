@@ -66,6 +66,7 @@ def packed_scores(
     weight_output: Tensor | None = None,
     input_gradient: Tensor | None = None,
     nodes: str = "both",
+    check_finite: bool = True,
 ) -> PackedScores:
     """Scores of the columns and rows of G = xᵀg, without G.
 
@@ -84,6 +85,8 @@ def packed_scores(
         weight_output: [T, D_out] y = xW without the bias; gives the columns of `gxw`.
         input_gradient: [T, D_in] ∂L/∂x; gives the rows of `gxw`.
         nodes: "both", "columns" or "rows": what to compute (zabs costs one product each).
+        check_finite: False leaves out the look at x and g, which waits for a GPU; a NaN or infinity in them makes
+            scores non-finite.
     Returns:
         PackedScores in float64. All but `zabs` are computed in float64; `zabs` takes both moments in float64 and the
         product in float32 (in float64 when x or g is float64).
@@ -93,6 +96,8 @@ def packed_scores(
     Cost: sum, gxw O(T(D_in + D_out)); l2 O(T²(D_in + D_out)); zabs O(T D_in D_out) and O(T(D_in + D_out)) memory.
     """
     _check(x, g, score, nodes)
+    if check_finite:
+        _check_finite(x, g)
     want_columns, want_rows = nodes != "rows", nodes != "columns"
     if score == "gxw":
         return _gxw(x, g, weight_output, input_gradient, want_columns, want_rows)
@@ -116,6 +121,9 @@ def _check(x: Tensor, g: Tensor, score: str, nodes: str) -> None:
             f"packed_scores: x and g must agree in tokens and device, got {x.shape[0]} on {x.device}"
             f" and {g.shape[0]} on {g.device}"
         )
+
+
+def _check_finite(x: Tensor, g: Tensor) -> None:
     for name, tensor in (("x", x), ("g", g)):
         if not is_finite(tensor):
             row = int((~torch.isfinite(tensor).all(dim=1)).nonzero()[0])

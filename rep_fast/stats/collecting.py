@@ -31,6 +31,7 @@ from rep_fast.errors import (
 from rep_fast.facts import TextSource
 from rep_fast.models import Batch, EditableLM
 from rep_fast.models.tokens import encode_text
+from rep_fast.models.transfer import sent
 from rep_fast.ops.accumulate_moment import MomentSum, accumulate_moment
 from rep_fast.stats.moment_file import (
     PartialMoments,
@@ -46,6 +47,7 @@ from rep_fast.stats.triangle import packed
 logger = logging.getLogger(__name__)
 
 LONGEST_DOCUMENT = 4096  # contexts of 100 000 tokens and more would only cost memory here
+BLOCKS_BETWEEN_LOOKS = 64  # on a GPU; a key that is not finite is found that much later
 
 
 @dataclass(frozen=True)
@@ -226,11 +228,13 @@ def _run(
     """Add the blocks that `state` does not hold yet; leaves a partial result behind when interrupted."""
     saved_at, saved_documents = time.monotonic(), state.documents
     consistent = True
+    unread = _Unread(state)
 
     def add(block: _Block, keys: dict[int, Tensor]) -> None:
         nonlocal consistent
         consistent = False
         _add_block(state, block, keys)
+        unread.read_at_times()
         consistent = True
 
     try:
@@ -238,17 +242,26 @@ def _run(
         with ThreadPoolExecutor(max_workers=1) as worker:
             for block in _blocks(lm, corpus, settings, state):
                 keys = lm.keys(Batch.from_rows(block.rows, pad_id=lm.pad_id, device=lm.device), list(layers))
-                worker.submit(add, block, keys).result()
+                worker.submit(add, block, {layer: _narrowed(lm, rows) for layer, rows in keys.items()}).result()
                 if progress is not None:
                     progress(state.tokens, settings.tokens)
                 if time.monotonic() - saved_at >= save_every_s:
+                    unread.read()
                     store.save_partial(layers, state)
                     saved_at, saved_documents = time.monotonic(), state.documents
+            consistent = False
+            unread.read()
+            consistent = True
     except BaseException:
         if consistent and state.documents > saved_documents:
             store.save_partial(layers, state)
         raise
     _check_enough(lm, corpus, settings, layers, state)
+
+
+def _narrowed(lm: EditableLM, keys: Tensor) -> Tensor:
+    """On a GPU a 16-bit model's keys as it made them, for which there is a kernel."""
+    return keys.to(lm.dtype) if keys.is_cuda and lm.dtype.itemsize == 2 else keys
 
 
 def _check_enough(
@@ -289,7 +302,7 @@ class _Block:
             for row, first in zip(self.rows, self.first_counted, strict=True)
             for place in range(len(row))
         ]
-        return torch.tensor(counted, device=device)
+        return sent(torch.tensor(counted), device)
 
 
 def _blocks(lm: EditableLM, corpus: TextSource, settings: CollectSettings, state: PartialMoments) -> Iterator[_Block]:
@@ -323,7 +336,33 @@ def _add_block(state: PartialMoments, block: _Block, keys: dict[int, Tensor]) ->
         try:
             state.sums[layer] = accumulate_moment(total, rows, mask=block.mask(rows.device))
         except NonFiniteError as error:
-            first, last = state.documents + 1, state.documents + block.documents
-            raise NonFiniteError(f"layer {layer}, documents {first} to {last}: {error}") from None
+            raise _nonfinite(layer, state.documents, state.documents + block.documents, error) from None
     state.documents += block.documents
     state.tokens += block.n_tokens
+
+
+class _Unread:
+    """Documents whose sums on a GPU nobody has looked at: looking waits for the device."""
+
+    def __init__(self, state: PartialMoments) -> None:
+        self._state, self._looked_at = state, state.documents
+        self._blocks = 0
+
+    def read_at_times(self) -> None:
+        """A block was added; look after every `BLOCKS_BETWEEN_LOOKS`th."""
+        self._blocks += 1
+        if self._blocks % BLOCKS_BETWEEN_LOOKS == 0:
+            self.read()
+
+    def read(self) -> None:
+        """Raise NonFiniteError where a key was not finite."""
+        for layer, total in self._state.sums.items():
+            try:
+                total.settle()
+            except NonFiniteError as error:
+                raise _nonfinite(layer, self._looked_at, self._state.documents, error) from None
+        self._looked_at = self._state.documents
+
+
+def _nonfinite(layer: int, before: int, last: int, error: NonFiniteError) -> NonFiniteError:
+    return NonFiniteError(f"layer {layer}, documents {before + 1} to {last}: {error}")

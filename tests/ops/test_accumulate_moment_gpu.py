@@ -69,18 +69,25 @@ def test_nonfinite_keys(device: torch.device) -> None:
     keys = random_keys(60, 6, torch.bfloat16)
     keys[40, 4], keys[50, 0] = torch.nan, torch.inf
     total = MomentSum.zeros(6, device=device)
-    with pytest.raises(NonFiniteError, match="row 40; fix them"):
-        accumulate_moment(total, keys.to(device))
-    assert (total.count, float(total.lower.abs().max())) == (0, 0.0)
     accumulate_moment(total, keys.to(device), nonfinite="exclude")
     assert (total.count, total.n_nonfinite) == (58, 2)
     kept = torch.isfinite(keys).all(dim=1)
     assert_is_moment(total, torch.zeros(6, 6, dtype=torch.float64), keys[kept])
-    beyond = torch.arange(60) > 40
-    with pytest.raises(NonFiniteError, match="row 50; fix them"):
-        accumulate_moment(total, keys.to(device), mask=beyond.to(device))
     accumulate_moment(total, keys.to(device), mask=kept.to(device))
     assert (total.count, total.n_nonfinite) == (116, 2)
+
+
+def test_nonfinite_keys_are_refused_when_the_sum_is_read(device: torch.device) -> None:
+    """And each time it is: the sum lacks tokens that were to count."""
+    keys = random_keys(60, 6, torch.bfloat16)
+    keys[40, 4], keys[50, 0] = torch.nan, torch.inf
+    for mask, row in ((torch.ones(60, dtype=torch.bool), 40), (torch.arange(60) > 40, 50)):
+        total = accumulate_moment(MomentSum.zeros(6, device=device), keys[:40].to(device))
+        accumulate_moment(total, keys.to(device), mask=mask.to(device))
+        accumulate_moment(total, keys[:40].to(device))
+        for read in (MomentSum.settle, MomentSum.second_moment, MomentSum.to_tensors, MomentSum.count.fget):
+            with pytest.raises(NonFiniteError, match=f"row {row}; fix them"):
+                read(total)
 
 
 def test_wide_keys_and_none_are_served_too(device: torch.device) -> None:
