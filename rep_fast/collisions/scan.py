@@ -101,25 +101,27 @@ class ScanState:
         self.key_sum = total if self.key_sum is None else self.key_sum + total
         self.n_tokens += len(keys)
         self._unread.append(blocks)
-        if not keys.is_cuda or sum(len(own.token_ids) for own in self._unread) >= TOKENS_BETWEEN_READS:
+        if keys.device.type == "cpu" or sum(len(own.token_ids) for own in self._unread) >= TOKENS_BETWEEN_READS:
             self.settle()
 
     def settle(self) -> None:
         """Look at the hits among the batches taken in since the last time and keep their surroundings."""
-        for blocks in self._unread:
-            self._remember(blocks)
+        if self._unread:
+            hits = self.hits.ids.cpu()
+            for blocks in self._unread:
+                self._remember(blocks, hits)
         self._unread = []
 
-    def _remember(self, blocks: TokenBlocks) -> None:
+    def _remember(self, blocks: TokenBlocks, hits: Tensor) -> None:
         """Keep the surroundings of new hits now, while their tokens are at hand."""
         ids = blocks.token_ids.tolist()
         borders = [*blocks.starts.tolist(), len(ids)]
-        rows = self.hits.ids - blocks.first_position
+        rows = hits - blocks.first_position
         for row in set(rows[(rows >= 0) & (rows < len(ids))].tolist()):
             block = bisect_right(borders, row)
             begin, end = max(borders[block - 1], row - PREFIX_TOKENS), min(borders[block], row + 1 + FOLLOWING_TOKENS)
             self.contexts[blocks.first_position + row] = (tuple(ids[begin : row + 1]), tuple(ids[row + 1 : end]))
-        if len(self.contexts) > 2 * self.hits.ids.numel():  # going through all hits of every batch would cost more
+        if len(self.contexts) > 2 * hits.numel():  # going through all hits of every batch would cost more
             self._forget()
 
     def _forget(self) -> None:
@@ -228,7 +230,7 @@ def scan_blocks(
     number, n_shards = shard
     if not 0 <= number < n_shards:
         raise HparamError(f"shard={shard} is out of range; give (i, n) with 0 <= i < n")
-    device = lm.down_weight(layer).device
+    device = lm.layer_device(layer)
     state = ScanState(ops.TopK.empty(len(queries.subjects), top, device=device))
     for index, blocks in enumerate(token_blocks(lm, corpus, block=block, tokens=tokens, rows=rows)):
         if index % n_shards != number:

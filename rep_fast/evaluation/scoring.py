@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rep_fast.models import Answer, Batch, EditableLM
+from rep_fast.models.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,17 @@ def run_scoring(
 
     `around(batch)` gives a context manager entered for that batch's forward pass (an oracle patch, say).
     """
-    scores: list[TargetScore | None] = [None] * plan.n_questions
+    found: list[torch.Tensor] = []
     for planned in plan.batches:
         with torch.no_grad(), around(planned) if around else nullcontext():
             logits = lm.logits(planned.batch, at=planned.at)
-        for question, score in _read_scores(planned, logits):
-            scores[question] = score
-    return [score for score in scores if score is not None]
+        found.append(_answers(planned, logits))
+    scores: dict[int, TargetScore] = {}
+    if found:  # one copy for all batches: the host waits for a device once
+        columns = torch.cat(found, dim=1).cpu().split([len(planned.target_ids) for planned in plan.batches], dim=1)
+        for planned, column in zip(plan.batches, columns, strict=True):
+            scores |= _read_scores(planned, column)
+    return [scores[question] for question in range(plan.n_questions)]
 
 
 def score_targets(
@@ -207,20 +212,24 @@ def _plan_batch(lm: EditableLM, rows: Sequence[_Row], answers: Sequence[Answer])
     )
 
 
-def _read_scores(planned: PlannedBatch, logits: torch.Tensor) -> Iterable[tuple[int, TargetScore]]:
-    """Turn logits [Σ, V] at the batch's answer positions into one score per question."""
+def _answers(planned: PlannedBatch, logits: torch.Tensor) -> torch.Tensor:
+    """[2, Σ] float64 on the logits' device: arg-max and log-probability of the target's token, target after target."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    rows = planned.logit_rows.to(logits.device)
-    argmax = logits.argmax(dim=-1)[rows].cpu()
-    picked = logits.log_softmax(dim=-1)[rows, planned.target_ids.to(logits.device)].cpu()
+    rows, targets = sent(planned.logit_rows, logits.device), sent(planned.target_ids, logits.device)
+    best = logits.argmax(dim=-1)[rows]
+    return torch.stack([best.double(), logits.log_softmax(dim=-1)[rows, targets].double()])
+
+
+def _read_scores(planned: PlannedBatch, answers: torch.Tensor) -> Iterable[tuple[int, TargetScore]]:
+    """One score per question from what `_answers` found."""
     for question, best, log_p, wanted in zip(
         planned.questions,
-        argmax.split(planned.lengths),
-        picked.split(planned.lengths),
+        answers[0].long().split(planned.lengths),
+        answers[1].split(planned.lengths),
         planned.target_ids.split(planned.lengths),
         strict=True,
     ):
-        nll = -float(log_p.double().mean())
+        nll = -float(log_p.mean())
         yield (
             question,
             TargetScore(

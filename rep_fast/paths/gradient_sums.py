@@ -33,10 +33,10 @@ def summed_gradient_scores(
     value: list[Tensor] = []
     for layers in _layer_groups(lm, len(matrices) + 1, memory_budget):
         sums: dict[tuple[int, str], Tensor] = {}
-        nll: list[float] = []
+        nll: list[Tensor] = []
         for group in within_budget(answers, token_budget):
             trace = trace_answers(lm, group, gate="gate" in matrices, layers=layers)
-            nll += trace.nll
+            nll.append(trace.nll)
             for place, layer in enumerate(layers):
                 for name in matrices:
                     traced = (trace.up if name == "up" else trace.gate)[place]
@@ -44,10 +44,15 @@ def summed_gradient_scores(
                 # transposed, so that a value-node too is a column of a [D, M] gradient
                 _add_product(sums, (layer, "down"), trace.down[place].g, trace.down[place].x)
         for layer in layers:
-            own = [gradient_column_scores(sums.pop((layer, name)), score).cpu() for name in matrices]
+            own = [gradient_column_scores(sums.pop((layer, name)), score) for name in matrices]
             key.append(torch.stack(own).sum(0))
-            value.append(gradient_column_scores(sums.pop((layer, "down")), score).cpu())
-    return torch.stack(key), torch.stack(value), tuple(nll)
+            value.append(gradient_column_scores(sums.pop((layer, "down")), score))
+    return on_host(key), on_host(value), tuple(torch.cat(nll).tolist())
+
+
+def on_host(layers: Sequence[Tensor]) -> Tensor:
+    """[L, *] on the host, of one tensor per layer; one copy, wherever the layers are."""
+    return torch.stack([own.to(layers[-1].device) for own in layers]).cpu()
 
 
 def gradient_column_scores(gradient: Tensor, score: str) -> Tensor:

@@ -18,7 +18,8 @@ from rep_fast import ops
 from rep_fast.errors import HparamError, PromptError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM
-from rep_fast.paths.gradient_sums import summed_gradient_scores, trace_bytes
+from rep_fast.ops.finite import is_finite
+from rep_fast.paths.gradient_sums import on_host, summed_gradient_scores, trace_bytes
 from rep_fast.paths.tracing import LayerTrace, Trace, trace_answers, within_budget
 
 SCORES = ("sum", "abs_sum", "l2", "gxw", "zabs")
@@ -110,18 +111,27 @@ def score_nodes(
 
 def _scored(trace: Trace, score: str, k_node: str) -> NodeScores:
     """Scores of one trace."""
-    key = []
-    for layer in range(len(trace.down)):
-        used = [own[layer] for name, own in (("up", trace.up), ("gate", trace.gate)) if name in k_node.split("+")]
-        key.append(torch.stack([_columns(own, score).cpu() for own in used]).sum(0))
-    value = [_rows(own, score).cpu() for own in trace.down]
+    # where a look at x and g would wait for a device, the scores tell: a NaN or infinity makes them so
+    checks = trace.nll.device.type == "cpu"
+    key, value = _on_host(trace, score, k_node, checks=checks)
+    if not checks and not (is_finite(key) and is_finite(value)):
+        key, value = _on_host(trace, score, k_node, checks=True)
     if score in ("sum", "abs_sum") and all(_cancels(own.g) for own in trace.down):
         warnings.warn(
             f"score {score!r} of value-nodes is rounding noise: behind a LayerNorm the gradient of the residual stream "
             "sums to zero over its dimensions; use 'zabs', 'l2' or 'gxw'",
             stacklevel=3,
         )
-    return NodeScores(torch.stack(key), torch.stack(value), score, k_node, trace.nll)
+    return NodeScores(key, value, score, k_node, tuple(trace.nll.tolist()))
+
+
+def _on_host(trace: Trace, score: str, k_node: str, *, checks: bool) -> tuple[Tensor, Tensor]:
+    """Scores [L, M] of key- and value-nodes."""
+    key = []
+    for layer in range(len(trace.down)):
+        used = [own[layer] for name, own in (("up", trace.up), ("gate", trace.gate)) if name in k_node.split("+")]
+        key.append(torch.stack([_columns(own, score, checks) for own in used]).sum(0))
+    return on_host(key), on_host([_rows(own, score, checks) for own in trace.down])
 
 
 def _cancels(g: Tensor) -> bool:
@@ -131,12 +141,16 @@ def _cancels(g: Tensor) -> bool:
     return bool((wide.sum(1).abs() <= tolerance * wide.abs().sum(1)).all())
 
 
-def _columns(own: LayerTrace, score: str) -> Tensor:
-    return ops.packed_scores(own.x, own.g, score=score, weight_output=own.output, nodes="columns").columns
+def _columns(own: LayerTrace, score: str, checks: bool) -> Tensor:
+    return ops.packed_scores(
+        own.x, own.g, score=score, weight_output=own.output, nodes="columns", check_finite=checks
+    ).columns
 
 
-def _rows(own: LayerTrace, score: str) -> Tensor:
-    return ops.packed_scores(own.x, own.g, score=score, input_gradient=own.input_gradient, nodes="rows").rows
+def _rows(own: LayerTrace, score: str, checks: bool) -> Tensor:
+    return ops.packed_scores(
+        own.x, own.g, score=score, input_gradient=own.input_gradient, nodes="rows", check_finite=checks
+    ).rows
 
 
 def _summed(traces: Iterator[Trace], score: str, k_node: str) -> NodeScores:
@@ -157,7 +171,7 @@ def _joined(traces: Sequence[Trace]) -> Trace:
         up=_joined_layers([trace.up for trace in traces]),
         gate=_joined_layers([trace.gate for trace in traces]),
         down=_joined_layers([trace.down for trace in traces]),
-        nll=tuple(nll for trace in traces for nll in trace.nll),
+        nll=torch.cat([trace.nll for trace in traces]),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rep_fast.models import Answer, Batch, EditableLM, Site
+from rep_fast.models.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,12 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one backward pass leaves: per traced layer its MLP's linear maps, and the NLL of each fact."""
+    """What one backward pass leaves: per traced layer its MLP's linear maps, and the NLL of each fact [n]."""
 
     up: list[LayerTrace]
     gate: list[LayerTrace]
     down: list[LayerTrace]
-    nll: tuple[float, ...]
+    nll: Tensor
 
 
 def trace_answers(
@@ -63,17 +64,31 @@ def trace_answers(
         asked = [seen[site] for kind in wanted for site in sites[kind]]
         # Only the activations are inputs here: autograd never forms the gradient of a weight.
         gradients = iter(torch.autograd.grad(losses.sum(), asked))
-    real = Batch.from_rows([answer.input_ids for answer in answers], device=lm.device).is_real
-    upstream = {
-        kind: [next(gradients)[real.to(s.device)] for s in map(seen.__getitem__, sites[kind])] for kind in wanted
-    }
-    read = {kind: [seen[site].detach()[real.to(seen[site].device)] for site in sites[kind]] for kind in kinds}
+    real = _RealTokens(answers)
+    upstream = {kind: [real.of(next(gradients)) for _ in sites[kind]] for kind in wanted}
+    read = {kind: [real.of(seen[site].detach()) for site in sites[kind]] for kind in kinds}
     return Trace(
         up=_key_traces(lm, layers, read, upstream, "up", products),
         gate=_key_traces(lm, layers, read, upstream, "gate", products) if gate else [],
         down=_down_traces(read, upstream, products),
-        nll=tuple(losses.tolist()),
+        nll=losses.detach(),
     )
+
+
+class _RealTokens:
+    """Takes the pads out of activations; where they are is known on the host, and sent to each device once."""
+
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        lengths = [len(answer.input_ids) for answer in answers]
+        width = max(lengths)
+        self._places = torch.tensor([row * width + place for row, n in enumerate(lengths) for place in range(n)])
+        self._on: dict[torch.device, Tensor] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """[n, T, *] → [n_tokens, *], row after row."""
+        if tensor.device not in self._on:
+            self._on[tensor.device] = sent(self._places, tensor.device)
+        return tensor.flatten(0, 1)[self._on[tensor.device]]
 
 
 def target_nll(lm: EditableLM, answers: Sequence[Answer]) -> Tensor:
@@ -86,7 +101,7 @@ def target_nll(lm: EditableLM, answers: Sequence[Answer]) -> Tensor:
     )
     logits = lm.logits(batch, at=[list(answer.positions) for answer in answers])
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    targets = torch.tensor([token for answer in answers for token in answer.target_ids], device=wide.device)
+    targets = sent(torch.tensor([token for answer in answers for token in answer.target_ids]), wide.device)
     nll = -wide.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     return torch.stack([own.mean() for own in nll.split([len(answer.target_ids) for answer in answers])])
 
