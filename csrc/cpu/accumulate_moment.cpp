@@ -81,6 +81,38 @@ struct Panels {
     std::int64_t block_depth;  // of all but the last
 };
 
+// The pieces that the next block of tokens will need, fetched into the second-level cache a share at a time: requests
+// that come faster than memory answers hold up the products' own loads.
+template <class Element>
+class PiecesAhead {
+  public:
+    // None.
+    explicit PiecesAhead(const Panels<Element>& panels) : piece_(panels.block_depth * kPanel) {}
+    // block: the next one's first piece.
+    PiecesAhead(const Panels<Element>& panels, const Square& square, const Element* block)
+        : piece_(panels.block_depth * kPanel),
+          sides_{block + square.row * piece_, block + square.col * piece_},
+          left_{std::min(kSquare, panels.n_panels - square.row) * piece_,
+                square.row == square.col ? 0 : kSquare * piece_} {}
+
+    // A quarter of a piece: the kSquare² products of a block fetch all 2 · kSquare pieces.
+    void fetch() {
+        constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(Element));
+        const int side = left_[0] > 0 ? 0 : 1;
+        const std::int64_t share = std::min(piece_ / 4, left_[side]);
+        for (std::int64_t i = 0; i < share; i += kLine) {
+            __builtin_prefetch(sides_[side] + i, 0, 2);
+        }
+        sides_[side] += share;
+        left_[side] -= share;
+    }
+
+  private:
+    std::int64_t piece_;
+    const Element* sides_[2] = {};  // rows' panels, columns' panels
+    std::int64_t left_[2] = {};     // elements
+};
+
 // tiles: kSquare · kSquare tiles of scratch.
 template <class Element>
 void do_square(const Panels<Element>& panels, const Square& square, float* tiles, const MatrixView<double>& total) {
@@ -90,9 +122,13 @@ void do_square(const Panels<Element>& panels, const Square& square, float* tiles
     const Element* block = panels.pieces;
     for (std::int64_t k = 0; k < panels.depth; k += panels.block_depth) {
         const std::int64_t depth = std::min(panels.block_depth, panels.depth - k);
+        const bool is_last = k + panels.block_depth >= panels.depth;
+        auto ahead = is_last ? PiecesAhead<Element>(panels)
+                             : PiecesAhead<Element>(panels, square, block + panels.n_panels * piece);
         for (std::int64_t row = square.row; row < row_end; ++row) {
             float* tile = tiles + (row - square.row) * kSquare * kTile;
             for (std::int64_t i = 0; i < n_tiles(row); ++i, tile += kTile) {
+                ahead.fetch();
                 panels.product(block + row * piece, block + (square.col + i) * piece, depth, tile, k == 0);
             }
         }

@@ -41,7 +41,7 @@ struct ScanWorker {
           widened(static_cast<std::size_t>(kWidenedStride)),
           bounds(static_cast<std::size_t>(std::min(kChunkQueries, n_padded_queries))),
           survivors(bounds.size()),
-          candidates(n_padded_queries) {}
+          candidates(n_padded_queries, own_hits.k()) {}
 
     RunningHits& hits;
     std::vector<float> widened;  // one row, or a block in the float32 pass
@@ -78,20 +78,10 @@ class BlockScan {
     }
 
     std::int64_t n_blocks() const { return (keys_.rows + block_keys_ - 1) / block_keys_; }
-    // Scores what waits; once more after the last block.
+    // Scores what waits, once after the last block.
     void rescore(ScanWorker& worker) const {
-        worker.candidates.drain([&](std::int64_t query, std::int64_t row, float bound) {
-            if (bound < worker.hits.thresholds()[query] || query >= input_.queries.rows || !is_finite(query)) {
-                return false;
-            }
-            if (!is_excluded(input_, row, query)) {
-                const Hit hit = exact_hit(row, query, worker);
-                if (worker.hits.would_take(query, hit)) {
-                    worker.hits.take(query, hit);
-                }
-            }
-            return true;
-        });
+        worker.candidates.drain(
+            [&](const Candidates::Pair& pair, std::int64_t next) { return rescore_pair(pair, next, worker); });
     }
     bool is_finite(std::int64_t query) const {
         return dithered_ != nullptr ? dithered_->is_finite(query) : packed_->is_finite(query);
@@ -133,7 +123,7 @@ class BlockScan {
                 if (!packed.is_finite(query)) {
                     continue;
                 }
-                const Hit hit = exact_hit(row, query, worker);
+                const Hit hit = exact_hit(row, query, row, worker);
                 if (worker.hits.would_take(query, hit) && !is_excluded(input_, row, query)) {
                     worker.hits.take(query, hit);
                 }
@@ -165,11 +155,17 @@ class BlockScan {
                     usable[static_cast<std::size_t>(row)] = is_usable(begin + row, square, worker);
                 }
                 if (usable[static_cast<std::size_t>(row)]) {
-                    const std::int64_t n = kernels_.float32.select(
-                        scores + row * n_queries, packed.margins() + chunk, worker.hits.thresholds() + chunk,
-                        packed.key_norm(square), packed.underflow(), n_queries, worker.bounds.data(),
-                        worker.survivors.data());
-                    collect(begin + row, chunk, n, worker);
+                    const float* const own = scores + row * n_queries;
+                    const float* const margins = packed.margins() + chunk;
+                    const float norm = packed.key_norm(square);
+                    const std::int64_t n = kernels_.float32.select(own, margins, worker.hits.thresholds() + chunk, norm,
+                                                                   packed.underflow(), n_queries, worker.bounds.data(),
+                                                                   worker.survivors.data());
+                    collect(begin + row, chunk, n, worker, [&](std::int64_t query) {
+                        return static_cast<double>(own[query]) -
+                               static_cast<double>(norm) * static_cast<double>(margins[query]) -
+                               static_cast<double>(packed.underflow());
+                    });
                 }
             }
         }
@@ -253,14 +249,24 @@ class BlockScan {
                     Int8Margins margins = own.margins;
                     margins.of_queries += chunk;
                     margins.query_steps += chunk;
-                    const std::int64_t n = kernels_.int8_products->select(
-                        worker.sums.data() + row * n_queries, margins, worker.hits.thresholds() + chunk, n_queries,
-                        worker.bounds.data(), worker.survivors.data());
-                    collect(begin + row, chunk, n, worker);
+                    const std::int32_t* const sums = worker.sums.data() + row * n_queries;
+                    const std::int64_t n =
+                        kernels_.int8_products->select(sums, margins, worker.hits.thresholds() + chunk, n_queries,
+                                                       worker.bounds.data(), worker.survivors.data());
+                    collect(begin + row, chunk, n, worker,
+                            [&](std::int64_t query) { return lower_bound(margins, query, sums[query]); });
                 }
             }
         }
         finish_block(begin, n_rows, worker);
+    }
+
+    // As the upper bound of Int8Products::select.
+    static double lower_bound(const Int8Margins& margins, std::int64_t query, std::int32_t sum) {
+        const auto step = static_cast<double>(margins.key_step);
+        const double by_step = step * static_cast<double>(sum) - static_cast<double>(margins.key_norm);
+        return by_step * static_cast<double>(margins.query_steps[query]) -
+               step * static_cast<double>(margins.of_queries[query]) - static_cast<double>(margins.underflow);
     }
 
     void quantise(std::int64_t begin, std::int64_t n_rows, ScanWorker& worker) const {
@@ -301,33 +307,66 @@ class BlockScan {
 
     // ---- what survives ----------------------------------------------------------------------------------------------
 
-    // The first n survivors of a row.
-    void collect(std::int64_t row, std::int64_t chunk, std::int64_t n, ScanWorker& worker) const {
+    // False where the pair, and with it all of lower bounds, cannot enter any more.
+    bool rescore_pair(const Candidates::Pair& pair, std::int64_t next, ScanWorker& worker) const {
+        if (pair.bound < worker.hits.thresholds()[pair.query]) {
+            return false;
+        }
+        const Hit hit = exact_hit(pair.row, pair.query, next, worker);
+        if (worker.hits.would_take(pair.query, hit)) {
+            worker.hits.take(pair.query, hit);
+        }
+        return true;
+    }
+
+    // The first n survivors of a row. lower(query of the chunk): not above the pair's score, or NaN.
+    template <class Lower>
+    void collect(std::int64_t row, std::int64_t chunk, std::int64_t n, ScanWorker& worker, const Lower& lower) const {
         if (worker.candidates.room() < n) {
-            rescore(worker);
+            make_room(worker);
         }
         for (std::int64_t i = 0; i < n; ++i) {
-            const std::int32_t query = worker.survivors[static_cast<std::size_t>(i)];
-            worker.candidates.add(chunk + query, row, worker.bounds[static_cast<std::size_t>(query)]);
+            const std::int32_t in_chunk = worker.survivors[static_cast<std::size_t>(i)];
+            const std::int64_t query = chunk + in_chunk;
+            // a NaN bound survives where there is no query, too
+            if (query >= input_.queries.rows || !is_finite(query) || is_excluded(input_, row, query)) {
+                continue;
+            }
+            worker.candidates.add(query, row, worker.bounds[static_cast<std::size_t>(in_chunk)]);
+            const double least = lower(in_chunk);
+            if (!std::isnan(least)) {
+                worker.hits.expect(query, round_down(least));
+            }
         }
     }
 
     // Candidates of several blocks wait for each other: the rows of a query's pairs are then read one after the other,
-    // its own once. While many come, as at the start of a stream, the thresholds are brought up to date.
-    void finish_block(std::int64_t begin, std::int64_t n_rows, ScanWorker& worker) {
-        worker.rows_seen += n_rows;
+    // its own once, and only those that later pairs have not ruled out. Where margins are wide the scores of the k best
+    // rule more out than their bounds do.
+    void make_room(ScanWorker& worker) const {
+        worker.candidates.drop_below(worker.hits.thresholds());
+        if (worker.candidates.is_half_full()) {
+            worker.candidates.visit_best(worker.hits.k(), [&](const Candidates::Pair& pair, std::int64_t next) {
+                return rescore_pair(pair, next, worker);
+            });
+            worker.candidates.drop_below(worker.hits.thresholds());
+        }
         if (worker.candidates.is_half_full()) {
             rescore(worker);
         }
+    }
+
+    void finish_block(std::int64_t begin, std::int64_t n_rows, ScanWorker& worker) {
+        worker.rows_seen += n_rows;
         if (worker.report.n_rescored > worker.rescored_when_watched) {
             watch_share(begin + n_rows, worker);
         }
     }
 
-    // Gives the int8 pass up where the other would be faster on the keys that are left. While a stream is young much
-    // survives any pass, about as many as keys in random order make; the int8 pass scores a multiple of them, which
-    // changes little as the k-th best rises. Where it rules out less than half, the margin decides and not the k-th
-    // best: then the share itself stays.
+    // Gives the int8 pass up where the other would be faster on the keys that are left. What int8 scores again grows
+    // like the number of keys that were among the best when they came, times a factor that changes little as the k-th
+    // best rises. Where it rules out less than half, the margin decides and not the k-th best: then the share itself
+    // stays.
     void watch_share(std::int64_t n_seen, ScanWorker& worker) {
         const auto scored = static_cast<double>(worker.report.n_rescored - worker.rescored_when_watched);
         const auto seen = static_cast<double>(worker.rows_seen);
@@ -341,9 +380,9 @@ class BlockScan {
             return;
         }
         const double scored_per_query = scored / static_cast<double>(input_.queries.rows);
-        const double unavoidable = (expected_entries_until(all, worker) - now) / (all - seen);
-        const double left = 2.0 * scored_per_query > window ? scored_per_query / window - unavoidable
-                                                            : (scored_per_query / (now - before) - 1.0) * unavoidable;
+        const double entries_left = (expected_entries_until(all, worker) - now) / (all - seen);
+        const double left = 2.0 * scored_per_query > window ? scored_per_query / window
+                                                            : scored_per_query / (now - before) * entries_left;
         if (left > choice_.largest_survivor_share) {
             gave_up_ = true;
         }
@@ -354,9 +393,11 @@ class BlockScan {
         return expected_entries(choice_.n_keys_before + n_rows, static_cast<double>(worker.hits.k()));
     }
 
-    Hit exact_hit(std::int64_t row, std::int64_t query, ScanWorker& worker) const {
+    // next: the row that is scored afterwards.
+    Hit exact_hit(std::int64_t row, std::int64_t query, std::int64_t next, ScanWorker& worker) const {
         ++worker.report.n_rescored;
-        return {of_key_.exact_score(keys_.row(row), input_.queries.row(query), keys_.cols), input_.first_id + row};
+        return {of_key_.exact_score(keys_.row(row), input_.queries.row(query), keys_.cols, keys_.row(next)),
+                input_.first_id + row};
     }
 
     double exact_square(std::int64_t row, ScanWorker& worker) const {

@@ -35,7 +35,7 @@ Spread spread_of_scores(const MatrixView<const T>& keys, const float* query, con
     double sum = 0.0;
     double squares = 0.0;
     for (const std::int64_t row : rows) {
-        const double score = of_key.exact_score(keys.row(row), query, keys.cols);
+        const double score = of_key.exact_score(keys.row(row), query, keys.cols, keys.row(row));
         sum += score;
         squares += score * score;
     }
@@ -226,9 +226,7 @@ double keys_before(const ScanInput& input, const ScanState& state) {
 }  // namespace
 
 double expected_entries(double n_keys, double k) {
-    // k (1 + ln(n/k)) of them were one scored after the other; of those that wait together the best bounds come first,
-    // which leaves a third of the logarithm (found: 20, 28, 36 of 256, 1024, 4096 keys, k = 10)
-    return n_keys <= k ? n_keys : k * (1.0 + std::log(n_keys / k) / 3.0);
+    return n_keys <= k ? n_keys : k * (1.0 + std::log(n_keys / k));
 }
 
 bool has_pass(const WhitenedTopkKernels& kernels, ScanPass pass, const KeyMatrix& keys) {

@@ -11,12 +11,13 @@ struct PassChoice {
     ScanPass first = ScanPass::kFloat32;
     ScanPass second = ScanPass::kFloat32;  // what the int8 pass gives way to when too much survives after all
     PassReason reason = PassReason::kOnlyOne;
-    // Of the pairs, beyond those that every pass scores again: where more survive the int8 pass, the second is faster.
+    // Of the pairs, beyond the k hits that every pass scores again: where more survive int8, the second is faster.
     double largest_survivor_share = 0.0;
     double n_keys_before = 0.0;  // about as many keys are behind the state
 };
 
-// About how many of n keys in random order any pass must score in float64 for one query.
+// About how many of n keys in random order are among the best k when they come: Σ min(1, k/i). With narrow margins only
+// k of them are scored in float64, since they wait; what the int8 pass scores grows like their number.
 double expected_entries(double n_keys, double k);
 
 // Whether a pass can run on these keys with these kernels.

@@ -1,6 +1,7 @@
 #include "cpu/running_hits.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 #include "cpu/packed_queries.h"
@@ -48,6 +49,7 @@ RunningHits::RunningHits(const ScanState& state, std::int64_t n_padded)
     : k_(state.scores.cols),
       floors_(static_cast<std::size_t>(state.scores.rows)),
       hits_(floors_.size()),
+      expected_(floors_.size()),
       thresholds_(static_cast<std::size_t>(n_padded), std::numeric_limits<float>::infinity()) {
     for (std::int64_t query = 0; query < state.scores.rows; ++query) {
         const std::int64_t last_id = state.ids.row(query)[k_ - 1];
@@ -56,6 +58,9 @@ RunningHits::RunningHits(const ScanState& state, std::int64_t n_padded)
                                                        ? Hit{-kInfinity, std::numeric_limits<std::int64_t>::max()}
                                                        : Hit{state.scores.row(query)[k_ - 1], last_id};
         if (!state.query_dropped[static_cast<std::size_t>(query)]) {
+            for (std::int64_t i = 0; i < k_ && state.ids.row(query)[i] >= 0; ++i) {
+                expect(query, round_down(state.scores.row(query)[i]));
+            }
             update_threshold(query);
         }
     }
@@ -73,11 +78,28 @@ void RunningHits::take(std::int64_t query, const Hit& hit) {
     update_threshold(query);
 }
 
+void RunningHits::expect(std::int64_t query, float lower) {
+    auto& expected = expected_[static_cast<std::size_t>(query)];
+    if (std::ssize(expected) == k_) {
+        if (!(lower > expected.front())) {
+            return;
+        }
+        std::pop_heap(expected.begin(), expected.end(), std::greater<>());
+        expected.back() = lower;
+    } else {
+        expected.push_back(lower);
+    }
+    std::push_heap(expected.begin(), expected.end(), std::greater<>());
+    update_threshold(query);
+}
+
 void RunningHits::update_threshold(std::int64_t query) {
     const auto& hits = hits_[static_cast<std::size_t>(query)];
     const double floor = floors_[static_cast<std::size_t>(query)].score;
     const double worst = std::ssize(hits) < k_ ? -kInfinity : hits.front().score;
-    thresholds_[static_cast<std::size_t>(query)] = round_down(std::max(floor, worst));
+    const auto& expected = expected_[static_cast<std::size_t>(query)];
+    const float least = std::ssize(expected) < k_ ? -std::numeric_limits<float>::infinity() : expected.front();
+    thresholds_[static_cast<std::size_t>(query)] = std::max(round_down(std::max(floor, worst)), least);
 }
 
 void merge_hits(std::span<const RunningHits> found, const ScanState& state) {

@@ -35,6 +35,10 @@ class RunningHits {
 
     void take(std::int64_t query, const Hit& hit);
 
+    // A pair that is not left out scores at least `lower` (not NaN): with k of them nothing below the least can enter.
+    // Once per pair, which need not be taken as a hit.
+    void expect(std::int64_t query, float lower);
+
     std::int64_t k() const { return k_; }
 
     // In no order.
@@ -47,7 +51,8 @@ class RunningHits {
 
     std::int64_t k_;
     std::vector<Hit> floors_;
-    std::vector<std::vector<Hit>> hits_;  // heaps whose front is the worst
+    std::vector<std::vector<Hit>> hits_;        // heaps whose front is the worst
+    std::vector<std::vector<float>> expected_;  // the k largest lower bounds, likewise
     std::vector<float> thresholds_;
 };
 

@@ -35,7 +35,8 @@ ScanRates row_rates(const WhitenedTopkKernels& kernels) {
     volatile double used = 0.0;  // or the compiler may drop the work
     ScanRates rates;
     rates.widen = best_rate(kElements, [&] { used = kernels.rows.bf16.widen(row.data(), kWidth, widened.data()); });
-    rates.exact = best_rate(kElements, [&] { used = kernels.rows.bf16.exact_score(row.data(), query.data(), kWidth); });
+    rates.exact = best_rate(
+        kElements, [&] { used = kernels.rows.bf16.exact_score(row.data(), query.data(), kWidth, row.data()); });
     if (kernels.int8_products != nullptr) {
         const QuantiseKernels<BFloat16>& of_key = kernels.int8_products->rows.bf16;
         const std::vector<std::int32_t> dither(static_cast<std::size_t>(kWidth));

@@ -56,10 +56,11 @@ double widen(const T* keys, std::int64_t n, float* widened) {
 }
 
 template <class T>
-double exact_score(const T* key, const float* query, std::int64_t n) {
+double exact_score(const T* key, const float* query, std::int64_t n, const T* next) {
     __m256d sums[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd()};
     std::int64_t j = 0;
     for (; j + kExactLanes <= n; j += kExactLanes) {
+        __builtin_prefetch(next + j, 0, 2);
         const __m256 key_low = load8(key + j);
         const __m256 key_high = load8(key + j + 8);
         const __m256 query_low = _mm256_loadu_ps(query + j);

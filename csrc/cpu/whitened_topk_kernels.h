@@ -27,8 +27,10 @@ inline constexpr std::int64_t kExactLanes = 16;
 template <class T>
 using WidenKeys = double (*)(const T* keys, std::int64_t n, float* widened);
 // size n: the float64 score of one pair. Products of two float32 are exact in float64, so only the order matters.
+// `next`, the row asked for afterwards (any row where there is none), is fetched meanwhile: rows of survivors lie
+// anywhere.
 template <class T>
-using ExactScore = double (*)(const T* key, const float* query, std::int64_t n);
+using ExactScore = double (*)(const T* key, const float* query, std::int64_t n, const T* next);
 
 template <class T>
 struct RowKernels {

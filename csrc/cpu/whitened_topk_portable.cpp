@@ -20,10 +20,11 @@ double widen(const T* keys, std::int64_t n, float* widened) {
 }
 
 template <class T>
-double exact_score(const T* key, const float* query, std::int64_t n) {
+double exact_score(const T* key, const float* query, std::int64_t n, const T* next) {
     std::array<double, kExactLanes> lanes{};
     std::int64_t j = 0;
     for (; j + kExactLanes <= n; j += kExactLanes) {
+        __builtin_prefetch(next + j, 0, 2);
         for (std::int64_t lane = 0; lane < kExactLanes; ++lane) {
             lanes[lane] += static_cast<double>(to_float(key[j + lane])) * static_cast<double>(query[j + lane]);
         }

@@ -71,11 +71,12 @@ double widen(const T* keys, std::int64_t n, float* widened) {
 }
 
 template <class T>
-double exact_score(const T* key, const float* query, std::int64_t n) {
+double exact_score(const T* key, const float* query, std::int64_t n, const T* next) {
     __m512d low = _mm512_setzero_pd();
     __m512d high = _mm512_setzero_pd();
     std::int64_t j = 0;
     for (; j + kExactLanes <= n; j += kExactLanes) {
+        __builtin_prefetch(next + j, 0, 2);
         low = _mm512_fmadd_pd(as_doubles(load8(key + j)), as_doubles(load8(query + j)), low);
         high = _mm512_fmadd_pd(as_doubles(load8(key + j + kHalf)), as_doubles(load8(query + j + kHalf)), high);
     }

@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
         return 1;
     }
     tests::test_core();
+    tests::test_candidates();
     for (int level = 0; level <= static_cast<int>(machine); ++level) {
         tests::test_whitened_topk(static_cast<CpuLevel>(level));
         tests::test_pass_choice(static_cast<CpuLevel>(level));

@@ -62,9 +62,10 @@ void test_survivors_are_few(CpuLevel level) {
     const ScanInput input{.keys = MatrixView<const float>{keys.data(), kKeys, kDim, kDim},
                           .queries = {queries.data(), kQueries, kDim, kDim},
                           .pass = ScanPass::kFloat32};  // the choice by measured speed lets another share through
-    // k(1 + ln(n/k)) ≈ 31 records per query are expected of a random order
-    EXPECT(whitened_topk(input, state.view, level, 1).n_rescored < 2 * 31 * kQueries);
-    // and none of a block that was seen before, but for the hits themselves
+    // in a random order k(1 + ln(n/k)) ≈ 31 keys per query are among the best five when they come, but their bounds
+    // rule one another out before anything is scored again
+    EXPECT(whitened_topk(input, state.view, level, 1).n_rescored <= 6 * kQueries);
+    // the same of a block that was seen before
     EXPECT(whitened_topk(input, state.view, level, 1).n_rescored <= 6 * kQueries);
 }
 

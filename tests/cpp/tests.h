@@ -6,6 +6,7 @@
 namespace rep_fast::tests {
 
 void test_core();
+void test_candidates();
 void test_whitened_topk(CpuLevel level);
 void test_pass_choice(CpuLevel level);
 void test_dither(CpuLevel level);
