@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ def bf16_rate(n: int = 8192) -> float:
     return 2 * n**3 / seconds(lambda: torch.mm(a, b.T, torch.float32, out=out))[0]
 
 
+def int8_rate(n: int = 8192) -> float:
+    """Operations per second of torch's int8 product."""
+    a, b = (torch.randint(-127, 128, (n, n), device=DEVICE, dtype=torch.int8) for _ in range(2))
+    return 2 * n**3 / seconds(lambda: torch._int_mm(a, b.T))[0]
+
+
 def copy_rate(n: int = 1 << 30) -> float:
     """Bytes per second of a copy on the device, read and written."""
     source = torch.randn(n, device=DEVICE)
@@ -82,9 +89,8 @@ def ceilings() -> None:
     """Copy bandwidth and product rates."""
     row("copy", copy_rate() / 1e9, "GB/s")
     row("bfloat16 product, float32 result", bf16_rate() / 1e12, "TFLOP/s")
+    row("int8 product", int8_rate() / 1e12, "TOP/s")
     n = 8192
-    a, b = (torch.randint(-127, 128, (n, n), device=DEVICE, dtype=torch.int8) for _ in range(2))
-    row("int8 product", 2 * n**3 / seconds(lambda: torch._int_mm(a, b.T))[0] / 1e12, "TOP/s")
     x, y = (torch.randn(n, n, device=DEVICE).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=DEVICE)
     run = lambda: torch._scaled_mm(x, y.T, one, one, out_dtype=torch.bfloat16)  # noqa: E731
@@ -102,8 +108,8 @@ def torch_scan(keys: Tensor, queries: Tensor, k: int, mask: Tensor, *, chunk: in
     return best
 
 
-def scan_case(n_queries: int, key_dim: int, ceiling: float) -> None:
-    """The scan of a stream that is under way, beside torch's and the rate of the bare product."""
+def scan_case(n_queries: int, key_dim: int, rates: dict[str, float]) -> None:
+    """The scan of a stream that is under way by each pass, beside torch's and the rate of the pass's bare product."""
     generator = torch.Generator(DEVICE).manual_seed(n_queries)
     n = (1 << 32) // (2 * key_dim)  # 4 GB of keys
     keys = torch.randn(n, key_dim, generator=generator, device=DEVICE, dtype=torch.bfloat16)
@@ -115,26 +121,32 @@ def scan_case(n_queries: int, key_dim: int, ceiling: float) -> None:
     before = whitened_topk(keys, kept, 10, exclusion=rule)
     sample = slice(0, 4096)
     part = LastTokenExclusion(tokens[sample], torch.arange(0, 4096, 512, device=DEVICE), last)
-    found = whitened_topk(keys[sample], queries, 10, exclusion=part)
     exact = whitened_topk(keys[sample], queries, 10, exclusion=part, precision="fp64")
-    assert torch.equal(found.ids, exact.ids), "a hit was lost"
+    for precision in rates:
+        found = whitened_topk(keys[sample], queries, 10, exclusion=part, precision=precision)
+        assert torch.equal(found.ids, exact.ids), f"{precision} lost a hit"
     mask = torch.zeros(n_queries, n, dtype=torch.bool, device=DEVICE)
     narrow = queries.bfloat16()
-    ours, peer = seconds(
-        lambda: whitened_topk(keys, kept, 10, exclusion=rule, state=before, first_id=n),
+
+    def scan(precision: str) -> TopK:
+        return whitened_topk(keys, kept, 10, exclusion=rule, state=before, first_id=n, precision=precision)
+
+    *ours, peer = seconds(
+        *(partial(scan, precision) for precision in rates),
         lambda: torch_scan(keys, narrow, 10, mask, chunk=16384),
         rounds=9,
     )
-    rate = 2 * n * n_queries * key_dim / ours
-    row(f"{n_queries} subjects, M {key_dim}", 1e3 * ours, "ms", peer=1e3 * peer, share=rate / ceiling)
+    for own, (precision, rate) in zip(ours, rates.items(), strict=True):
+        share = 2 * n * n_queries * key_dim / own / rate
+        row(f"{precision}, {n_queries} subjects, M {key_dim}", 1e3 * own, "ms", peer=1e3 * peer, share=share)
 
 
 def scan_kernels() -> None:
-    """The scan at the shapes of two models."""
-    ceiling = bf16_rate()
+    """The scan at the shapes of two models, its keys of κ_h = 1: the best case of "int8"."""
+    rates = {"bf16": bf16_rate(), "int8": int8_rate()}
     for key_dim in (4096, 11008):
         for n_queries in (100, 400, 2000):
-            scan_case(n_queries, key_dim, ceiling)
+            scan_case(n_queries, key_dim, rates)
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
@@ -287,7 +299,7 @@ def small() -> None:
     """Every kernel once on small shapes, for compute-sanitizer; results are checked."""
     inputs = Inputs.draw(ScanCase("small", n_keys=700, n_queries=9, key_dim=72, k=10), seed=0)
     rule = inputs.exclusion.to(torch.device(DEVICE))
-    for precision in ("bf16", "bf16x2", "fp32", "fp64"):
+    for precision in ("int8", "bf16", "bf16x2", "fp32", "fp64"):
         found = whitened_topk(
             inputs.keys.to(DEVICE), inputs.queries.to(DEVICE), 10, exclusion=rule, precision=precision
         )

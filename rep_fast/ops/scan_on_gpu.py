@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rep_fast.ops.native import stream_number
+from rep_fast.ops.scan_int8 import DitheredQueries, Int8Chunks
 from rep_fast.ops.scan_products import PreparedQueries, approximate_scores, choose_chunk_rows
 from rep_fast.ops.topk_state import PASSES, REASONS
 
@@ -40,21 +41,19 @@ def scan_on_gpu(
     scores, ids = scores.clone(), ids.clone()
     counters = torch.full((2,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
     counters[0] = 0
-    rows = _chunk_rows(queries, keys)
-    n_products = queries.n_parts + _is_split(queries, keys)
-    buffer = torch.empty(n_products * max(len(queries.rows), 1) * rows, device=device)
-    norms = torch.empty(rows, device=device)
+    rows = min(_chunk_rows(queries, keys), max(len(keys), 1))
+    chunks = (
+        Int8Chunks(module, queries, rows, counters)
+        if isinstance(queries, DitheredQueries)
+        else _FloatChunks(module, queries, keys, rows, counters)
+    )
     stream = stream_number(device)
     given: dict[str, Any] = {name: None if t is None else t.contiguous() for name, t in rules.items()}
     for first, chunk in chunks_on(device, keys, rows):
-        key_norms = norms[: len(chunk)]
-        module.measure_keys(keys=chunk, first_id=first, norms=key_norms, counters=counters, stream=stream)
         module.select_hits(
             keys=chunk,
-            norms=key_norms,
             first_row=first,
             first_id=first_id,
-            approximate=approximate_scores(queries, chunk, buffer),
             queries=queries.rows,
             margins=queries.margins,
             slacks=queries.slacks,
@@ -62,9 +61,28 @@ def scan_on_gpu(
             scores=scores,
             ids=ids,
             stream=stream,
+            **chunks.scored(chunk, first),
             **given,
         )
     return scores, ids, queries.dropped, _counts(counters, queries.scan_pass, len(keys))
+
+
+class _FloatChunks:
+    """Scores of chunks of at most `rows` keys by a floating-point product."""
+
+    def __init__(self, module: ModuleType, queries: PreparedQueries, keys: Tensor, rows: int, counters: Tensor) -> None:
+        device = queries.rows.device
+        n_products = queries.n_parts + _is_split(queries, keys)
+        self._module, self._queries, self._counters = module, queries, counters
+        self._buffer = torch.empty(n_products * max(len(queries.rows), 1) * rows, device=device)
+        self._norms = torch.empty(rows, device=device)
+
+    def scored(self, chunk: Tensor, first_row: int) -> dict[str, Tensor]:
+        """What `select_hits` reads of the keys `chunk` [n, M]; counts the rows that are not finite."""
+        norms = self._norms[: len(chunk)]
+        stream = stream_number(norms.device)
+        self._module.measure_keys(keys=chunk, first_id=first_row, norms=norms, counters=self._counters, stream=stream)
+        return {"norms": norms, "approximate": approximate_scores(self._queries, chunk, self._buffer)}
 
 
 def _counts(counters: Tensor, scan_pass: str, n_keys: int) -> Tensor:
@@ -84,9 +102,10 @@ def _is_split(queries: PreparedQueries, keys: Tensor) -> bool:
 def _chunk_rows(queries: PreparedQueries, keys: Tensor) -> int:
     device = queries.rows.device
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _CACHE_BYTES
-    is_split = _is_split(queries, keys) or (queries.scan_pass == "fp32" and keys.dtype != torch.float32)
+    is_widened = queries.scan_pass == "fp32" and keys.dtype != torch.float32
+    copied_bytes = 1 if queries.scan_pass == "int8" else 4 * (_is_split(queries, keys) or is_widened)
     return choose_chunk_rows(
-        len(queries.rows), queries.n_parts, max(keys.shape[1], 1), is_split=is_split, cache_bytes=cache
+        len(queries.rows), queries.n_parts, max(keys.shape[1], 1), copied_bytes=copied_bytes, cache_bytes=cache
     )
 
 

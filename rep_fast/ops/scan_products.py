@@ -48,7 +48,11 @@ class PreparedQueries:
 
 
 def pass_on_gpu(precision: str, key_dtype: torch.dtype) -> str:
-    """The pass that serves `precision`: "auto" takes as few bfloat16 products as keys of this type need."""
+    """The pass that serves `precision`: "auto" takes as few bfloat16 products as keys of this type need.
+
+    "int8" runs when asked for by name: until benchmarks/gpu_check.py has measured it beside them on a device, "auto"
+    has no reason to prefer it.
+    """
     if precision != "auto":
         return precision
     return "bf16" if key_dtype == torch.bfloat16 else "bf16x2"
@@ -111,12 +115,12 @@ def _product(factor: Tensor, keys: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(factor.float(), keys.float().T, out=out)  # torch multiplies so on GPUs alone
 
 
-def choose_chunk_rows(n_queries: int, n_parts: int, width: int, *, is_split: bool, cache_bytes: int) -> int:
+def choose_chunk_rows(n_queries: int, n_parts: int, width: int, *, copied_bytes: int, cache_bytes: int) -> int:
     """Keys per chunk: half of the last-level cache holds their approximate scores.
 
-    Chunks whose keys are split (`is_split`) also stay below 64 MB of copies.
+    Chunks whose keys are copied, `copied_bytes` for each entry, also stay below 64 MB of copies.
     """
     rows = cache_bytes // 2 // (4 * max(n_queries * n_parts, 1))
-    if is_split:
-        rows = min(rows, (1 << 26) // (4 * width))
+    if copied_bytes:
+        rows = min(rows, (1 << 26) // (copied_bytes * width))
     return max(min(rows, 1 << 16) // 256 * 256, 256)

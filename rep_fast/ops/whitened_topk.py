@@ -7,6 +7,7 @@ once, exactly, in memory that does not grow with the stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,9 @@ from rep_fast.ops import native
 from rep_fast.ops.backend import Backend, choose, choose_or_warn
 from rep_fast.ops.profile import recorded
 from rep_fast.ops.scan_exclusion import LastTokenExclusion, PairExclusion, described
+from rep_fast.ops.scan_int8 import LARGEST_INT8_WIDTH, prepare_dithered
 from rep_fast.ops.scan_on_gpu import scan_on_gpu
-from rep_fast.ops.scan_products import pass_on_gpu, prepare_queries
+from rep_fast.ops.scan_products import PreparedQueries, pass_on_gpu, prepare_queries
 from rep_fast.ops.scan_queries import ScanQueries
 from rep_fast.ops.topk_state import PASSES, REASONS, TopK, sums
 from rep_fast.ops.unread_topk import UnreadTopK, no_counters, with_block
@@ -30,7 +32,6 @@ PRECISIONS = ("auto", *PASSES)
 NONFINITE = ("raise", "exclude")
 _KEY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DOT_BODY = "native-avx512_bf16"
-_LARGEST_INT8_WIDTH = 65536
 
 
 def whitened_topk(
@@ -67,10 +68,10 @@ def whitened_topk(
         precision: the pass that rules pairs out; the hits are the same, at another cost. "fp64" scores every pair in
             float64, "fp32" multiplies in float32, "bf16" in bfloat16 with the queries rounded once, "bf16x2" with their
             high and low halves (bfloat16 keys and AVX-512 BF16), "int8" in integers, both sides rounded with a random
-            dither (AVX-512 VNNI). "auto" takes what costs least by this processor's measured rates and the pairs
-            that each pass's error bound lets through on a sample; int8 gives way to the next one when more come
-            through after all than its speed is worth. On a GPU there is no int8, "bf16x2" also takes other keys, in two
-            halves, and "auto" is "bf16", or "bf16x2" for those. `TopK.reason` tells what ran and why.
+            dither (AVX-512 VNNI or a GPU). "auto" takes what costs least by this processor's measured rates and the
+            pairs that each pass's error bound lets through on a sample; int8 gives way to the next one when more come
+            through after all than its speed is worth. On a GPU "bf16x2" also takes other keys, in two halves, "auto" is
+            "bf16", or "bf16x2" for those, and "int8" gives way to none. `TopK.reason` tells what ran and why.
         nonfinite: "raise", or "exclude" to leave out and count rows with a NaN or infinity.
         delta: probability, over the draw of the int8 pass's dither, that its bound fails for any pair of a scan of up
             to 2⁴⁰ keys; the other passes' bounds hold always.
@@ -246,9 +247,14 @@ def _gpu_scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_beside(queries, scores, ids, options["token_ids"], options["indptr"])
     scan_pass = pass_on_gpu(precision, keys.dtype)
-    prepare = partial(prepare_queries, queries.detach(), scan_pass, keys.dtype)
-    prepared = prepare() if kept is None else kept.prepared((queries.device, scan_pass, keys.dtype), prepare)
-    return scan_on_gpu(module, keys.detach(), prepared, scores, ids, **options)
+    keys, rows = keys.detach(), queries.detach()
+    prepare: Callable[[], PreparedQueries] = partial(prepare_queries, rows, scan_pass, keys.dtype)
+    how: tuple[Hashable, ...] = (queries.device, scan_pass, keys.dtype)
+    if scan_pass == "int8":
+        prepare = partial(prepare_dithered, module, rows, keys, delta=delta, seed=seed)
+        how = (queries.device, scan_pass, delta, seed)
+    prepared = prepare() if kept is None else kept.prepared(how, prepare)
+    return scan_on_gpu(module, keys, prepared, scores, ids, **options)
 
 
 def _native_scan(
@@ -367,8 +373,8 @@ def _check_pass(precision: str, keys: Tensor, chosen: Backend) -> None:
         return
     if precision.startswith("bf16") and (keys.dtype != torch.bfloat16 or not has_dot_products):
         needs = "bfloat16 keys and a processor with AVX-512 BF16"
-    if precision == "int8" and (keys.shape[1] > _LARGEST_INT8_WIDTH or chosen.name != _DOT_BODY):
-        needs = f"keys at most {_LARGEST_INT8_WIDTH} wide and a processor with AVX-512 BF16 and VNNI"
+    if precision == "int8" and (keys.shape[1] > LARGEST_INT8_WIDTH or not has_dot_products):
+        needs = f"keys at most {LARGEST_INT8_WIDTH} wide and a processor with AVX-512 BF16 and VNNI, or a GPU"
     if needs:
         raise BackendError(
             f"whitened_topk: precision {precision!r} needs {needs}, here are "

@@ -42,8 +42,8 @@ def executor() -> ModuleType | None:
     return module
 
 
-def serve_by_executor(monkeypatch: pytest.MonkeyPatch, op: str, name: str | None = None) -> None:
-    """Lets the op's module `name` (by default the op's) take the executor for its tensors on the CPU."""
+def serve_by_executor(monkeypatch: pytest.MonkeyPatch, op: str, name: str | None = None) -> Backend:
+    """Lets the op's module `name` (by default the op's) take the executor for its tensors on the CPU; that body."""
     module = executor()
     if module is None:
         pytest.skip("the CUDA executor is not built: pip install -e . builds it")
@@ -53,3 +53,4 @@ def serve_by_executor(monkeypatch: pytest.MonkeyPatch, op: str, name: str | None
     for function in ("choose", "choose_or_warn"):
         if hasattr(door, function):
             monkeypatch.setattr(door, function, lambda *_: chosen)
+    return chosen

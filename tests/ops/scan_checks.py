@@ -46,8 +46,8 @@ def _moved(value: Any) -> Any:
 
 
 def bodies() -> list[str]:
-    """Every level, every pass of bfloat16 products where the machine has them, the GPU's body, and plain torch."""
-    return [*_cpu_bodies(), "cuda", "cuda-on-cpu"]
+    """Every level, every pass where the machine has several, those of the GPU's body, and plain torch."""
+    return [*_cpu_bodies(), "cuda", "cuda int8", "cuda-on-cpu", "cuda-on-cpu int8"]
 
 
 def _cpu_bodies() -> list[str]:

@@ -80,24 +80,28 @@ def test_a_query_that_is_not_finite_has_no_margin() -> None:
 @pytest.mark.parametrize("n_queries", [1, 100, 400, 20_000])
 def test_scores_of_a_chunk_stay_in_half_of_the_cache(n_queries: int) -> None:
     cache = 60 << 20
-    rows = choose_chunk_rows(n_queries, 1, 11008, is_split=False, cache_bytes=cache)
+    rows = choose_chunk_rows(n_queries, 1, 11008, copied_bytes=0, cache_bytes=cache)
     assert rows % 256 == 0
     assert rows == 256 or 4 * n_queries * rows <= cache // 2
     assert rows == 65536 or 4 * n_queries * (rows + 256) > cache // 2
-    split = choose_chunk_rows(n_queries, 2, 11008, is_split=True, cache_bytes=cache)
+    split = choose_chunk_rows(n_queries, 2, 11008, copied_bytes=4, cache_bytes=cache)
     assert split <= rows
     assert split * 11008 * 4 <= 1 << 26
 
 
+@pytest.mark.parametrize("precision", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_chunks_do_not_matter(device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_matter(
+    device: torch.device, dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys, queries = (part.to(device) for part in random_block(300, 5, 40, dtype=dtype))
-    whole = whitened_topk(keys, queries, 7)
+    whole = whitened_topk(keys, queries, 7, precision=precision)
     monkeypatch.setattr(scan_on_gpu, "choose_chunk_rows", lambda *_, **__: 37)
-    assert same_bits(whitened_topk(keys, queries, 7), whole)
+    assert same_bits(whitened_topk(keys, queries, 7, precision=precision), whole)
 
 
-def test_blocks_follow_each_other_unread(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_blocks_follow_each_other_unread(device: torch.device, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     keys, queries = (part.to(device) for part in random_block(90, 4, 16))
     want = whitened_topk(keys, queries, 5)
     kept = ScanQueries(queries)
@@ -105,7 +109,8 @@ def test_blocks_follow_each_other_unread(device: torch.device, monkeypatch: pyte
     monkeypatch.setattr(UnreadTopK, "_settled", lambda _: pytest.fail("somebody read the state"))
     state: TopK | None = None
     for start in range(0, 90, 30):
-        state = whitened_topk(keys[start : start + 30], kept, 5, state=state, first_id=start)
+        block = keys[start : start + 30]
+        state = whitened_topk(block, kept, 5, state=state, first_id=start, precision=precision)
     assert state is not None
     assert (state.k, state.n_keys_seen, sum(state.pass_counts)) == (5, 90, 90)
     monkeypatch.setattr(UnreadTopK, "_settled", settle)
@@ -128,30 +133,32 @@ def test_a_bad_key_is_named_when_the_result_is_read(device: torch.device) -> Non
             read()
 
 
-def test_no_block_waits_for_the_device() -> None:
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_no_block_waits_for_the_device(precision: str) -> None:
     needs_gpu()
     keys, queries = (part.cuda() for part in random_block(5000, 40, 256, dtype=torch.bfloat16))
     kept = ScanQueries(queries)
-    state = whitened_topk(keys, kept, 5)
+    state = whitened_topk(keys, kept, 5, precision=precision)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for block in range(1, 4):
-            state = whitened_topk(keys, kept, 5, state=state, first_id=5000 * block)
+            state = whitened_topk(keys, kept, 5, state=state, first_id=5000 * block, precision=precision)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert state.n_nonfinite == 0
 
 
+@pytest.mark.parametrize("precision", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_on_the_host_are_copied_while_others_are_worked_on(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs_gpu()
     keys, queries = random_block(4099, 30, 200, dtype=dtype)
     want = whitened_topk(keys.cuda(), queries.cuda(), 8)
     monkeypatch.setattr(scan_on_gpu, "choose_chunk_rows", lambda *_, **__: 500)
     for given in (queries.cuda(), ScanQueries(queries.cuda())):
-        assert same_bits(whitened_topk(keys, given, 8), want)
+        assert same_bits(whitened_topk(keys, given, 8, precision=precision), want)
 
 
 # ---- which body serves -----------------------------------------------------------------------------------------------
