@@ -41,9 +41,15 @@ class Inputs:
         return cls(case, _symmetric(moment), right)
 
     @cached_property
+    def narrow_solver(self) -> SpdSolver:
+        """The float32 factor of cached cases."""
+        return SpdSolver.factor(self.moment, precision="fp32")
+
+    @cached_property
     def solver(self) -> SpdSolver:
-        """The factor of cached cases."""
-        return SpdSolver.factor(self.moment)
+        """The factor that "auto" takes."""
+        solver = SpdSolver.factor(self.moment)
+        return self.narrow_solver if solver.report.precision == "fp32" else solver
 
     def is_exact(self, x: Tensor) -> bool:
         """Whether ‖Cx − b‖ ≤ 1e-13 · (‖C‖‖x‖ + ‖b‖) in every column, all in float64."""
@@ -76,27 +82,36 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def providers(inputs: Inputs) -> list[Provider]:
-    """Ours at every level: refined, and with a cached factor also by the factor alone; then the peers."""
+    """Ours with a float32 factor at every level: refined, with a cached one also by the factor alone; what "auto"
+    takes; then the peers."""
     ours = []
     for name in timed_levels("spd_solver"):
         if inputs.case.is_cached:
             ours.append(Provider(f"rep_fast {name} factor alone", "fp32", _roughly(inputs), True, name))
             ours.append(Provider(f"rep_fast {name} refined", "fp32", _refined(inputs), True, name))
         else:
-            ours.append(Provider(f"rep_fast {name} refined", "fp32", partial(_factor_and_solve, inputs), True, name))
+            narrow = partial(_factor_and_solve, inputs, "fp32")
+            ours.append(Provider(f"rep_fast {name} refined", "fp32", narrow, True, name))
+    if ours:
+        solve = _solved(inputs) if inputs.case.is_cached else partial(_factor_and_solve, inputs, "auto")
+        ours.append(Provider("rep_fast auto", "fp32", solve, True))
     return [*ours, *(_cached_peers(inputs) if inputs.case.is_cached else _peers(inputs))]
 
 
 def _roughly(inputs: Inputs) -> Callable[[], Tensor]:
-    return lambda: inputs.solver.solve_roughly(inputs.right)
+    return lambda: inputs.narrow_solver.solve_roughly(inputs.right)
 
 
 def _refined(inputs: Inputs) -> Callable[[], Tensor]:
+    return lambda: inputs.narrow_solver.solve(inputs.right, backward_error=_BACKWARD_ERROR)
+
+
+def _solved(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: inputs.solver.solve(inputs.right, backward_error=_BACKWARD_ERROR)
 
 
-def _factor_and_solve(inputs: Inputs) -> Tensor:
-    return SpdSolver.factor(inputs.moment).solve(inputs.right, backward_error=_BACKWARD_ERROR)
+def _factor_and_solve(inputs: Inputs, precision: str) -> Tensor:
+    return SpdSolver.factor(inputs.moment, precision=precision).solve(inputs.right, backward_error=_BACKWARD_ERROR)
 
 
 def _peers(inputs: Inputs) -> list[Provider]:

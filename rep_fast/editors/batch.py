@@ -39,15 +39,15 @@ class BatchHparams:
     edited model still does not answer is written again on top, up to so many passes in all; one is what is published.
     allow_conflicts: take facts that say two things with the same words. factor_precision: of the kept factor of C,
     where the method has one: "fp64" solves for a hundred keys in two thirds of the time and takes twice the memory,
-    both give the same update to 1e-8. target_tok, fact_token: tokenisation choices (methods §2.3, §2.4).
-    template_style: of `context_templates`.
+    both give the same update to 1e-8; "auto" see `SpdSolver.factor`. target_tok, fact_token: tokenisation choices
+    (methods §2.3, §2.4). template_style: of `context_templates`.
     """
 
     layers: tuple[int, ...]
     share_values: bool = True
     passes: int = 1
     allow_conflicts: bool = False
-    factor_precision: Literal["fp32", "fp64"] = "fp32"
+    factor_precision: Literal["auto", "fp32", "fp64"] = "auto"
     target_tok: str = "in_context"
     fact_token: str = "subject_last"
     template_style: str = "memit"

@@ -41,7 +41,7 @@ def checked_moments(
 def factor_moments(moments: SecondMoments, hparams: Any, cache_dir: str | Path | None) -> None:
     """Factor C of every edited layer, which all later solves share."""
     for layer in hparams.layers:
-        moments.solver(layer, precision=getattr(hparams, "factor_precision", "fp32"))
+        moments.solver(layer, precision=getattr(hparams, "factor_precision", "auto"))
 
 
 def whitening(moments: SecondMoments, precision: str) -> Callable[[int, Tensor], Tensor]:

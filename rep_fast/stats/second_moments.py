@@ -161,7 +161,7 @@ class SecondMoments:
         layer: int,
         *,
         ridge: float | str | None = None,
-        precision: str = "fp32",
+        precision: str = "auto",
         device: torch.device | str | None = None,
     ) -> SpdSolver:
         """Factored C of a layer, kept for the next call.
@@ -169,7 +169,7 @@ class SecondMoments:
         Args:
             ridge: r of C + r·tr(C)/M·I. None: 0, and where C is singular in spite of enough tokens (neurons that never
                 fire) the smallest of 1e-8, 1e-7 … that helps, with a warning; `solver.report` says which.
-            precision: "fp32" (refined to a small residual) or "fp64".
+            precision: of the factor, "auto", "fp32" or "fp64", see `SpdSolver.factor`.
             device: where to factor and solve; default `self.device`.
         Raises:
             LayerError: no second moment of that layer.

@@ -34,7 +34,7 @@ def test_solves_against_float64(device: torch.device, M: int, n_columns: int) ->
     moment = second_moment(M)
     b = torch.randn(M, n_columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     want = torch.linalg.solve(moment.float().double(), b)
-    solver = SpdSolver.factor(moment.float().to(device))
+    solver = SpdSolver.factor(moment.float().to(device), precision="fp32")
     with profile() as calls:
         rough = solver.solve_roughly(b.to(device)).cpu()
     assert calls[0].backend.startswith("cuda")
@@ -45,7 +45,7 @@ def test_solves_against_float64(device: torch.device, M: int, n_columns: int) ->
 
 
 def test_columns_do_not_touch_each_other(device: torch.device) -> None:
-    solver = SpdSolver.factor(second_moment(70).float().to(device))
+    solver = SpdSolver.factor(second_moment(70).float().to(device), precision="fp32")
     b = torch.randn(70, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(device)
     b[:, 3] *= 1e-30
     whole = solver.solve_roughly(b)
@@ -67,6 +67,6 @@ def test_residuals_in_float64(device: torch.device, n_columns: int, dtype: torch
 
 def test_the_factor_of_a_gpu_is_row_major() -> None:
     needs_gpu()
-    lower = SpdSolver.factor(second_moment(80).float().cuda()).to_tensors()["lower"]
+    lower = SpdSolver.factor(second_moment(80).float().cuda(), precision="fp32").to_tensors()["lower"]
     assert lower.stride() == (80, 1)
     assert not lower.triu(1).any()
