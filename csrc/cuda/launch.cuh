@@ -17,6 +17,7 @@ struct LaunchShape {
     dim3 block;
     std::size_t shared_bytes = 0;  // all shared memory is dynamic: its layout is a struct, see shared_as()
     cudaStream_t stream = nullptr;
+    bool is_for_hopper = false;  // sm_90a alone, whose blocks may have more shared memory; for the executor to know
 };
 
 #ifdef REP_FAST_CUDA_ON_CPU
@@ -24,7 +25,8 @@ struct LaunchShape {
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
     std::tuple<Parameters...> passed(std::forward<Arguments>(arguments)...);
-    cuda_on_cpu::run_grid(name, shape.grid, shape.block, shape.shared_bytes, [&] { std::apply(kernel, passed); });
+    cuda_on_cpu::run_grid(
+        name, shape.grid, shape.block, shape.shared_bytes, [&] { std::apply(kernel, passed); }, shape.is_for_hopper);
 }
 
 template <class Layout>
@@ -55,10 +57,11 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
         passed);
 }
 
-// The block's dynamic shared memory as one struct; sizeof(Layout) is what the launch asks for.
+// The block's dynamic shared memory as one struct; sizeof(Layout) is what the launch asks for. It begins where a tile
+// with the 128-byte swizzle may.
 template <class Layout>
 __device__ Layout& shared_as() {
-    extern __shared__ __align__(128) unsigned char rep_fast_shared[];
+    extern __shared__ __align__(1024) unsigned char rep_fast_shared[];
     return *reinterpret_cast<Layout*>(rep_fast_shared);
 }
 

@@ -47,7 +47,8 @@ class GuardedPages {
 constexpr std::size_t kStackBytes = 128 * 1024;
 // Blocks that are under way at once; more of them would show nothing else.
 constexpr std::size_t kResidentBlocks = 3;
-constexpr std::size_t kSharedAlignment = 128;  // what TMA and 128-byte swizzles need
+constexpr std::size_t kSharedAlignment = 128;
+constexpr std::size_t kSharedAlignmentOfHopper = 1024;  // what 128-byte swizzles need
 
 struct PendingCopy {
     void* destination;
@@ -55,7 +56,12 @@ struct PendingCopy {
     std::size_t bytes;
 };
 
-enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
+struct Event {
+    std::function<void()> happens;
+    bool is_late = false;  // not before nobody can go on without it
+};
+
+enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kAtCondition, kDone };
 
 struct Fiber {
     ucontext_t context{};  // where it begins
@@ -68,6 +74,10 @@ struct Fiber {
     unsigned mask = 0;  // of the warp barrier it waits at
     std::vector<PendingCopy> open_copies;
     std::deque<std::vector<PendingCopy>> committed_copies;
+    std::vector<std::function<void()>> open_work;
+    std::deque<std::vector<std::function<void()>>> committed_work;
+    std::function<bool()> condition;
+    std::any notes;
     std::exception_ptr thrown;
 
     [[nodiscard]] unsigned warp() const { return number / kWarpSize; }
@@ -81,7 +91,10 @@ struct Block {
     const std::function<void()>* body = nullptr;
     std::vector<std::unique_ptr<Fiber>>* fibers = nullptr;
     std::size_t n_threads = 0;
-    std::vector<std::size_t> ready;                      // threads that can go on
+    std::vector<std::size_t> ready;    // threads that can go on
+    std::vector<std::size_t> waiting;  // threads at a condition
+    std::vector<Event> events;         // that have not happened yet
+    std::size_t shared_bytes = 0;
     std::vector<std::vector<unsigned char>> warp_slots;  // per warp, what its lanes have put down
     std::array<bool, 2> votes{};                         // of block_any: one is filled while the other is read
     std::size_t open_vote = 0;
@@ -90,6 +103,10 @@ struct Block {
 };
 
 std::mt19937_64 random_order{0};
+
+std::size_t draw(std::size_t n) {
+    return random_order() % n;
+}
 Block* running = nullptr;
 
 Block& here() {
@@ -123,6 +140,9 @@ void run_current_fiber() {
         (*block.body)();
         if (!fiber.open_copies.empty() || !fiber.committed_copies.empty()) {
             throw ExecutionError(block.kernel + ": a thread returned before its asynchronous copies were waited for");
+        }
+        if (!fiber.open_work.empty() || !fiber.committed_work.empty()) {
+            throw ExecutionError(block.kernel + ": a thread returned before its asynchronous work was waited for");
         }
     } catch (...) {
         fiber.thrown = std::current_exception();
@@ -198,6 +218,9 @@ std::string describe_waiting(const Block& block) {
             text << " thread " << n << " waits at a warp operation with mask 0x" << std::hex << fiber.mask << std::dec
                  << ";";
             ++shown;
+        } else if (fiber.state == State::kAtCondition) {
+            text << " thread " << n << " waits for a condition;";
+            ++shown;
         }
     }
     text << " others have returned or wait elsewhere";
@@ -214,6 +237,9 @@ void prepare_fiber(Block& block, std::size_t number) {
     fiber.has_begun = false;
     fiber.open_copies.clear();
     fiber.committed_copies.clear();
+    fiber.open_work.clear();
+    fiber.committed_work.clear();
+    fiber.notes.reset();
     fiber.thrown = nullptr;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.begin();
@@ -224,11 +250,47 @@ void prepare_fiber(Block& block, std::size_t number) {
 
 void begin_block(Block& block) {
     block.ready.clear();
+    block.waiting.clear();
+    block.events.clear();
     for (std::size_t n = 0; n < block.n_threads; ++n) {
         prepare_fiber(block, n);
         block.ready.push_back(n);
     }
     block.warp_slots.assign((block.n_threads + kWarpSize - 1) / kWarpSize, {});
+}
+
+void let_happen(Block& block, std::size_t place) {
+    std::swap(block.events[place], block.events.back());
+    const std::function<void()> happens = std::move(block.events.back().happens);
+    block.events.pop_back();
+    happens();
+}
+
+// Lets a thread go on whose condition holds. Returns whether it does.
+bool wake(Block& block, std::size_t place) {
+    Fiber& fiber = fiber_at(block, block.waiting[place]);
+    if (!fiber.condition()) {
+        return false;
+    }
+    fiber.state = State::kReady;
+    block.ready.push_back(fiber.number);
+    block.waiting[place] = block.waiting.back();
+    block.waiting.pop_back();
+    return true;
+}
+
+// When nobody is ready: lets go whose conditions hold, if need be after what the device still has to do.
+bool pass_condition(Block& block) {
+    while (!block.waiting.empty()) {
+        for (std::size_t place = block.waiting.size(); place-- > 0;) {
+            wake(block, place);
+        }
+        if (!block.ready.empty() || block.events.empty()) {
+            return !block.ready.empty();
+        }
+        let_happen(block, draw(block.events.size()));
+    }
+    return false;
 }
 
 // When nobody is ready: lets everybody pass a barrier, or finds that the block is done.
@@ -246,12 +308,29 @@ bool pass_barrier(Block& block) {
             throw ExecutionError(describe_waiting(block));
         }
     }
+    if (!block.events.empty()) {
+        throw ExecutionError(block.kernel + ": a block ended before its asynchronous copies had landed");
+    }
     return false;
+}
+
+// Now and then something happens, or a condition is looked at, though others could go on.
+void stir(Block& block) {
+    if (!block.events.empty() && draw(8) == 0) {
+        const std::size_t place = draw(block.events.size());
+        if (!block.events[place].is_late) {
+            let_happen(block, place);
+        }
+    }
+    if (!block.waiting.empty() && draw(4) == 0) {
+        wake(block, draw(block.waiting.size()));
+    }
 }
 
 // Runs one thread up to where it waits; false when the block is done.
 bool advance(Block& block) {
-    if (block.ready.empty() && !pass_barrier(block)) {
+    stir(block);
+    if (block.ready.empty() && !pass_condition(block) && !pass_barrier(block)) {
         return false;
     }
     const std::size_t place = random_order() % block.ready.size();
@@ -264,6 +343,9 @@ bool advance(Block& block) {
     block.current = nullptr;
     if (fiber.thrown) {
         std::rethrow_exception(fiber.thrown);
+    }
+    if (fiber.state == State::kAtCondition) {
+        block.waiting.push_back(fiber.number);
     }
     if (fiber.state == State::kAtWarpBarrier && release_warp_barrier_of(block, fiber)) {
         for (unsigned lane = 0; lane < kWarpSize; ++lane) {
@@ -282,7 +364,7 @@ struct Resident {
 
     // the end of what was asked for lies at the unreadable page, as near as the alignment of its begin allows
     Resident(std::size_t number, const std::string& kernel, Dim3 grid, Dim3 shape, std::size_t shared_bytes,
-             const std::function<void()>& body)
+             const std::function<void()>& body, bool is_for_hopper)
         : pages(std::max<std::size_t>(shared_bytes, 1)) {
         static std::array<std::vector<std::unique_ptr<Fiber>>, kResidentBlocks> fibers;
         while (fibers[number].size() < shape.count()) {
@@ -291,7 +373,9 @@ struct Resident {
         block.kernel = kernel;
         block.grid = grid;
         block.block = shape;
-        block.shared = pages.end() - (shared_bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+        const std::size_t unit = is_for_hopper ? kSharedAlignmentOfHopper : kSharedAlignment;
+        block.shared = pages.end() - (shared_bytes + unit - 1) / unit * unit;
+        block.shared_bytes = shared_bytes;
         block.body = &body;
         block.fibers = &fibers[number];
         block.n_threads = shape.count();
@@ -307,13 +391,13 @@ struct Resident {
     }
 };
 
-void check_launch(const std::string& name, Dim3 grid, Dim3 block, std::size_t shared_bytes) {
+void check_launch(const std::string& name, Dim3 grid, Dim3 block, std::size_t shared_bytes, bool is_for_hopper) {
     std::ostringstream problem;
     if (block.count() == 0 || block.count() > kMaxThreads || block.z > 64) {
         problem << "a block of " << block.x << " × " << block.y << " × " << block.z << " threads";
     } else if (grid.count() == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u) {
         problem << "a grid of " << grid.x << " × " << grid.y << " × " << grid.z << " blocks";
-    } else if (shared_bytes > kMaxSharedBytes) {
+    } else if (shared_bytes > (is_for_hopper ? kMaxSharedBytesOfHopper : kMaxSharedBytes)) {
         problem << shared_bytes << " bytes of shared memory";
     } else {
         return;
@@ -334,11 +418,11 @@ void set_seed(std::uint64_t seed) {
 }
 
 void run_grid(const std::string& name, Dim3 grid, Dim3 block_shape, std::size_t shared_bytes,
-              const std::function<void()>& body) {
+              const std::function<void()>& body, bool is_for_hopper) {
     if (running != nullptr) {
         throw ExecutionError(name + ": a kernel was launched from inside a kernel");
     }
-    check_launch(name, grid, block_shape, shared_bytes);
+    check_launch(name, grid, block_shape, shared_bytes, is_for_hopper);
     std::vector<std::size_t> order(grid.count());
     for (std::size_t n = 0; n < order.size(); ++n) {
         order[n] = n;
@@ -347,7 +431,7 @@ void run_grid(const std::string& name, Dim3 grid, Dim3 block_shape, std::size_t 
 
     std::vector<std::unique_ptr<Resident>> residents;
     for (std::size_t n = 0; n < std::min(kResidentBlocks, order.size()); ++n) {
-        residents.push_back(std::make_unique<Resident>(n, name, grid, block_shape, shared_bytes, body));
+        residents.push_back(std::make_unique<Resident>(n, name, grid, block_shape, shared_bytes, body, is_for_hopper));
     }
     struct Finally {
         ~Finally() { running = nullptr; }
@@ -456,6 +540,57 @@ void wait_for_copies(unsigned pending) {
         land(fiber.committed_copies.front());
         fiber.committed_copies.pop_front();
     }
+}
+
+void wait_until(std::function<bool()> holds) {
+    if (!holds()) {
+        here().current->condition = std::move(holds);
+        wait_in(State::kAtCondition);
+    }
+}
+
+void happen_later(std::function<void()> event) {
+    here().events.push_back({std::move(event), draw(2) == 0});
+}
+
+void work_later(std::function<void()> work) {
+    here().current->open_work.push_back(std::move(work));
+}
+
+void commit_work() {
+    Fiber& fiber = *here().current;
+    fiber.committed_work.push_back(std::exchange(fiber.open_work, {}));
+}
+
+void wait_for_work(unsigned pending) {
+    Fiber& fiber = *here().current;
+    while (fiber.committed_work.size() > pending) {
+        for (const auto& work : fiber.committed_work.front()) {
+            work();
+        }
+        fiber.committed_work.pop_front();
+    }
+}
+
+std::uint32_t shared_offset(const void* address) {
+    const Block& block = here();
+    const std::ptrdiff_t offset = static_cast<const unsigned char*>(address) - block.shared;
+    if (offset < 0 || static_cast<std::size_t>(offset) >= block.shared_bytes) {
+        throw ExecutionError(block.kernel + ": an address is not in shared memory");
+    }
+    return static_cast<std::uint32_t>(offset);
+}
+
+unsigned char* shared_at(std::uint32_t offset) {
+    const Block& block = here();
+    if (offset >= block.shared_bytes) {
+        throw ExecutionError(block.kernel + ": an offset is not in shared memory");
+    }
+    return block.shared + offset;
+}
+
+std::any& notes() {
+    return here().current->notes;
 }
 
 namespace detail {

@@ -5,12 +5,14 @@
 //   * the order in which threads run between two barriers is drawn from a seed, so a missing __syncthreads() or
 //     __syncwarp() reads what is not written yet; so is how far each block gets before another goes on;
 //   * shared memory is filled with NaN or with zeros before each block and ends at an unreadable page;
-//   * asynchronous copies land at their wait, not before;
+//   * asynchronous copies land at their wait, not before; what the device does by itself (bulk copies) happens at any
+//     moment, mostly when nobody can go on without it;
 //   * a barrier that somebody never reaches, or a warp operation whose mask names a lane that does not come, ends the
 //     run with a sentence instead of hanging.
 // What it does not model: memory ordering finer than that (fences do nothing), blocks that wait for each other, clocks.
 #pragma once
 
+#include <any>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -31,6 +33,8 @@ inline constexpr unsigned kWarpSize = 32;
 inline constexpr unsigned kMaxThreads = 1024;
 // what a block may ask for on the smallest architecture that is served (sm_80: 163 KiB)
 inline constexpr std::size_t kMaxSharedBytes = 163 * 1024;
+// the same on sm_90, whose swizzled tiles begin at multiples of 1024 bytes
+inline constexpr std::size_t kMaxSharedBytesOfHopper = 227 * 1024;
 
 class ExecutionError : public std::runtime_error {
   public:
@@ -43,7 +47,7 @@ void set_seed(std::uint64_t seed);
 // Runs body once for every thread of every block; returns when all are done. Throws ExecutionError for a launch no
 // device would take, a barrier nobody can pass, and whatever a thread itself threw.
 void run_grid(const std::string& name, Dim3 grid, Dim3 block, std::size_t shared_bytes,
-              const std::function<void()>& body);
+              const std::function<void()>& body, bool is_for_hopper = false);
 
 // ---- what a running thread may ask; calling any of these outside a kernel is an error -------------------------------
 const Dim3& grid_size();
@@ -72,6 +76,23 @@ void copy_later(void* destination, const void* source, std::size_t bytes);
 void commit_copies();
 // Lands all groups of this thread but the `pending` youngest.
 void wait_for_copies(unsigned pending);
+
+// The calling thread goes on once `holds`; it is asked at any time and by anybody.
+void wait_until(std::function<bool()> holds);
+// Something the device does by itself, at any moment from here on but before the block ends.
+void happen_later(std::function<void()> event);
+
+// Work of the calling thread that is done when its group is waited for, as copies are; a group ends at commit_work().
+void work_later(std::function<void()> work);
+void commit_work();
+void wait_for_work(unsigned pending);
+
+// Place of an address in the block's shared memory.
+std::uint32_t shared_offset(const void* address);
+unsigned char* shared_at(std::uint32_t offset);
+
+// What a model of an instruction keeps for the calling thread; empty when the thread begins.
+std::any& notes();
 
 // ---- warp operations on values of up to 8 bytes ---------------------------------------------------------------------
 template <class T>

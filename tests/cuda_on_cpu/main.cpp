@@ -11,6 +11,7 @@ int main(int argc, char** argv) {
     }
     test_executor();
     test_accumulate_moment();
+    test_hopper_instructions();
     test_gated_adapter();
     test_number();
     test_packed_scores();

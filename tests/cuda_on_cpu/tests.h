@@ -4,6 +4,7 @@
 void test_accumulate_moment();
 void test_executor();
 void test_gated_adapter();
+void test_hopper_instructions();
 void test_number();
 void test_packed_scores();
 void test_quantised_rows();

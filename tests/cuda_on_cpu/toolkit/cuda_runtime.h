@@ -3,6 +3,7 @@
 #pragma once
 
 #include <bit>
+#include <cfenv>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -40,6 +41,11 @@ inline cudaError_t cudaGetDevice(int* device) {
     return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    *value = 3;  // so that persistent blocks have several tiles
     return cudaSuccess;
 }
 
@@ -145,4 +151,17 @@ inline unsigned __float_as_uint(float value) {
 }
 inline float __fmaf_rn(float a, float b, float c) {
     return std::fma(a, b, c);
+}
+// Rounded up and down, as the names say; volatile keeps the compiler from rounding at its own time.
+inline float __fmaf_ru(float a, float b, float c) {
+    const int before = std::fegetround();
+    std::fesetround(FE_UPWARD);
+    const volatile float x = a, y = b, z = c;
+    const volatile float rounded = std::fma(x, y, z);
+    std::fesetround(before);
+    return rounded;
+}
+inline float __double2float_rd(double value) {
+    const auto nearest = static_cast<float>(value);
+    return static_cast<double>(nearest) > value ? std::nextafter(nearest, -INFINITY) : nearest;
 }
