@@ -160,7 +160,8 @@ __device__ void settle(const Selection& selection, SelectionShared& shared, doub
         sum = warp_sum(sum);
         if (lane == 0) {
             shared.exact[number] = sum;
-            shared.candidates[number].is_excluded = is_out ? 1 : 0;
+            // finite floats make finite sums in double: another one comes from a row that is not finite
+            shared.candidates[number].is_excluded = is_out || !(fabs(sum) < kInfinity) ? 1 : 0;
         }
     }
     __syncthreads();

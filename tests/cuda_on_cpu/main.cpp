@@ -12,6 +12,7 @@ int main(int argc, char** argv) {
     test_executor();
     test_accumulate_moment();
     test_hopper_instructions();
+    test_fused_scan();
     test_gated_adapter();
     test_number();
     test_packed_scores();

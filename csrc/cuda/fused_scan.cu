@@ -1,0 +1,199 @@
+// The fused scan: a product by wgmma whose epilogue compares and forgets (sm_90a alone; elsewhere an empty kernel).
+//
+// A block is persistent and works on tiles of 128 keys × kQueries queries, the query tiles of the same keys one after
+// another, so that blocks which run at a time read a key from memory once and from L2 else. A warp of its own asks the
+// copy engine for 64 columns of keys and queries at a time, kStages ahead; two warpgroups multiply 64 keys each, and
+// while the tensor cores work on a stage they sum the squares of its keys from shared memory. Then every sum, with its
+// margin, meets the limit of its query; what is left goes to the query's list of candidates, in any order, and a block
+// per query scores the list exactly. The order of a list changes no hit: hits are ordered by score and id.
+//
+// Bytes: 2·n·M of keys, 2·P·S·M of queries from L2 per 128 keys; operations 2·P·n·S·M. Limit: tensor cores from S ≈ 200
+// on. Registers by ptxas: at most 224, the limit of 288 threads; occupancy 1. Not measured yet on a device.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+
+#include "core/error.h"
+#include "cuda/exact_hits.cuh"
+#include "cuda/fused_scan.h"
+#include "cuda/fused_scan_sm90a.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/tensor_map.cuh"
+
+namespace rep_fast::cuda {
+namespace {
+
+// ‖k‖·margin at which a float32 sum may have overflowed: margins are more than 2⁻²⁴‖w‖, and 2¹⁰⁰·2²⁴ < 2¹²⁷
+constexpr float kLargestError = 0x1p100f;
+constexpr std::int32_t kMoreThanAnyList = std::numeric_limits<std::int32_t>::max();
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(REP_FAST_CUDA_ON_CPU)
+constexpr bool kHasProduct = true;
+#else
+constexpr bool kHasProduct = false;
+#endif
+
+template <int kQueries, int kStages>
+__global__ void __launch_bounds__(kFusedThreads, 1)
+    fused_scan_kernel(const __grid_constant__ ptx::TensorMap keys, const __grid_constant__ ptx::TensorMap queries,
+                      const __grid_constant__ FusedShape shape) {
+    if constexpr (kHasProduct) {
+        auto& shared = shared_as<FusedShared<kQueries, kStages>>();
+        if (threadIdx.x == 0) {
+            for (int stage = 0; stage < kStages; ++stage) {
+                ptx::mbarrier_init(&shared.landed[stage], 1);
+                ptx::mbarrier_init(&shared.released[stage], kMultiplyingWarps);
+            }
+            ptx::fence_mbarrier_init();
+        }
+        __syncthreads();
+        if (threadIdx.x >= kMultiplyingThreads) {
+            if (threadIdx.x == kMultiplyingThreads) {
+                bring_tiles(keys, queries, shape, shared);
+            }
+            return;
+        }
+        Turn<kStages> turn;
+        for (std::int64_t tile = blockIdx.x; tile < shape.n_tiles; tile += gridDim.x) {
+            float sums[kQueries / 2];
+            float squares[2] = {0.0f, 0.0f};
+            multiply_tile(shape, shared, turn, sums, squares);
+            append_survivors<kQueries>(shape, tile, sums, squares);
+        }
+    }
+}
+
+// The limits of the chunk, and empty lists. Queries that are none and queries left out have the limit ∞.
+__global__ void __launch_bounds__(kSelectionThreads)
+    begin_chunk_kernel(Selection selection, FusedScratch scratch, std::int64_t n_padded) {
+    const std::int64_t query = static_cast<std::int64_t>(blockIdx.x) * kSelectionThreads + threadIdx.x;
+    if (query >= n_padded) {
+        return;
+    }
+    QueryLimit limit = {0.0f, kFloatInfinity, kFloatInfinity, 0.0f};
+    if (query < selection.n_queries) {
+        const float margin = selection.query_margins[query];
+        if (margin == margin) {
+            const double floor =
+                floor_of(selection, selection.scores + query * selection.k, selection.ids + query * selection.k, query);
+            limit.margin = margin;
+            limit.limit = __double2float_rd(floor);
+            limit.largest_norm = margin > 0.0f ? kLargestError / margin : kFloatInfinity;
+        }
+        // without a product nothing is known of any key
+        scratch.counts[query] = kHasProduct ? 0 : kMoreThanAnyList;
+    }
+    scratch.limits[query] = limit;
+}
+
+// One block scores the candidates of one query exactly, or every key where they were too many for the list.
+__global__ void __launch_bounds__(kSelectionThreads)
+    settle_candidates_kernel(Selection selection, FusedScratch scratch) {
+    auto& shared = shared_as<SelectionShared>();
+    auto* scores = reinterpret_cast<double*>(&shared + 1);
+    auto* ids = reinterpret_cast<std::int64_t*>(scores + selection.k);
+    const std::int64_t query = blockIdx.x;
+    const std::int64_t n_listed = scratch.counts[query];
+    const float margin = selection.query_margins[query];
+    if (n_listed == 0 || margin != margin) {
+        return;  // the whole block leaves
+    }
+    load_hits(selection, shared, scores, ids, query);
+    const bool is_whole = n_listed <= scratch.capacity;
+    const std::int64_t n_rows = is_whole ? n_listed : selection.keys.n_keys;
+    for (std::int64_t base = 0; base < n_rows; base += kCandidates) {
+        const std::int64_t left = n_rows - base;
+        const int n = left < kCandidates ? static_cast<int>(left) : kCandidates;
+        for (int i = static_cast<int>(threadIdx.x); i < n; i += kSelectionThreads) {
+            shared.candidates[i].row = is_whole ? scratch.candidates[query * scratch.capacity + base + i]
+                                                : static_cast<std::int32_t>(base + i);
+        }
+        if (threadIdx.x == 0) {
+            shared.n_candidates = n;
+        }
+        __syncthreads();
+        settle<BFloat16>(selection, shared, scores, ids, query);
+    }
+    store_hits(selection, scores, ids, query);
+}
+
+BoxedMatrix key_matrix(const FusedScan& scan) {
+    const KeyChunk& keys = scan.selection.keys;
+    return {keys.data, keys.n_keys, keys.key_dim, keys.row_stride};
+}
+
+BoxedMatrix query_matrix(const FusedScan& scan) {
+    return {scan.factor, scan.n_parts * scan.selection.n_queries, scan.selection.keys.key_dim, scan.factor_stride};
+}
+
+int n_multiprocessors() {
+    int device = 0, count = 0;
+    REP_FAST_CUDA_CHECK(cudaGetDevice(&device));
+    REP_FAST_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
+template <int kQueries, int kStages>
+void multiply_chunk(const FusedScan& scan, cudaStream_t stream) {
+    const KeyChunk& keys = scan.selection.keys;
+    FusedShape shape;
+    shape.selection = scan.selection;
+    shape.counters = scan.counters;
+    shape.scratch = scan.scratch;
+    shape.n_parts = scan.n_parts;
+    shape.n_steps = static_cast<int>((keys.key_dim + kColumns - 1) / kColumns);
+    shape.n_query_tiles = padded_queries(scan.selection.n_queries) / kQueries;
+    shape.n_tiles = (keys.n_keys + kKeys - 1) / kKeys * shape.n_query_tiles;
+    const auto n_blocks = static_cast<unsigned>(std::min<std::int64_t>(shape.n_tiles, n_multiprocessors()));
+    launch("fused_scan", fused_scan_kernel<kQueries, kStages>,
+           {dim3(n_blocks), dim3(kFusedThreads), sizeof(FusedShared<kQueries, kStages>), stream, true},
+           make_tensor_map(key_matrix(scan), kKeys), make_tensor_map(query_matrix(scan), kQueries), shape);
+}
+
+}  // namespace
+
+FusedTile choose_fused_tile(std::int64_t n_queries) {
+    // both take 192 of the 227 KiB that a block may have
+    constexpr FusedTile kWide = {256, 4}, kNarrow = {128, 6};
+    const auto padded = [n_queries](const FusedTile& tile) {
+        return (n_queries + tile.queries - 1) / tile.queries * tile.queries;
+    };
+    return padded(kWide) <= padded(kNarrow) ? kWide : kNarrow;
+}
+
+std::int64_t padded_queries(std::int64_t n_queries) {
+    const int unit = choose_fused_tile(n_queries).queries;
+    return (n_queries + unit - 1) / unit * unit;
+}
+
+bool can_fuse(const FusedScan& scan) {
+    return scan.selection.keys.dtype == DType::kBFloat16 && has_tensor_map(key_matrix(scan)) &&
+           has_tensor_map(query_matrix(scan));
+}
+
+void scan_fused(const FusedScan& scan, void* stream) {
+    const Selection& selection = scan.selection;
+    if (selection.keys.n_keys == 0 || selection.n_queries == 0) {
+        return;
+    }
+    REP_FAST_CHECK(can_fuse(scan),
+                   "the fused scan takes bfloat16 keys and queries whose rows begin at multiples of "
+                   "16 bytes; use select_hits");
+    const auto on = static_cast<cudaStream_t>(stream);
+    const std::size_t shared_bytes = selection_bytes(selection.k);
+    const std::int64_t n_padded = padded_queries(selection.n_queries);
+    const auto n_blocks = static_cast<unsigned>((n_padded + kSelectionThreads - 1) / kSelectionThreads);
+    launch("begin_chunk", begin_chunk_kernel, {dim3(n_blocks), dim3(kSelectionThreads), 0, on}, selection, scan.scratch,
+           n_padded);
+    if (choose_fused_tile(selection.n_queries).queries == 256) {
+        multiply_chunk<256, 4>(scan, on);
+    } else {
+        multiply_chunk<128, 6>(scan, on);
+    }
+    launch("settle_candidates", settle_candidates_kernel,
+           {dim3(static_cast<unsigned>(selection.n_queries)), dim3(kSelectionThreads), shared_bytes, on}, selection,
+           scan.scratch);
+}
+
+}  // namespace rep_fast::cuda

@@ -1,0 +1,258 @@
+// What the blocks of the fused scan do on sm_90a: a ring of stages that the copy engine fills, two warpgroups that
+// multiply, and an epilogue that compares and forgets. For fused_scan.cu.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "cuda/eight.cuh"
+#include "cuda/exact_hits.cuh"
+#include "cuda/fused_scan.h"
+#include "cuda/number.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/warp_sum.cuh"
+
+namespace rep_fast::cuda {
+
+inline constexpr float kFloatInfinity = std::numeric_limits<float>::infinity();
+inline constexpr int kKeys = 128;  // of a tile: two warpgroups of wgmma's 64 rows
+inline constexpr int kGroupKeys = 64;
+inline constexpr int kColumns = ptx::kBoxColumns;
+inline constexpr int kDepth = 16;  // columns of one wgmma
+inline constexpr int kGroupThreads = 128;
+inline constexpr int kMultiplyingThreads = kKeys / kGroupKeys * kGroupThreads;
+inline constexpr int kMultiplyingWarps = kMultiplyingThreads / kLanes;
+inline constexpr int kFusedThreads = kMultiplyingThreads + kLanes;
+
+struct FusedShape {
+    Selection selection;
+    KeyNorms counters;
+    FusedScratch scratch;
+    int n_parts;
+    int n_steps;  // stages of one part
+    std::int64_t n_query_tiles;
+    std::int64_t n_tiles;
+};
+
+template <int kQueries, int kStages>
+struct FusedShared {
+    // the swizzle is one of addresses, and repeats every 1024 bytes
+    alignas(1024) unsigned char keys[kStages][kKeys * ptx::kBoxRowBytes];
+    unsigned char queries[kStages][kQueries * ptx::kBoxRowBytes];
+    std::uint64_t landed[kStages];
+    std::uint64_t released[kStages];
+    static_assert(kQueries % 8 == 0 && kQueries <= 256, "wgmma's columns, and the rows of a box");
+};
+
+// Place in the ring of stages; the parity is that of the stage's phase under way.
+template <int kStages>
+struct Turn {
+    int stage = 0;
+    unsigned parity = 0;
+    __device__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+__device__ inline void wait_for(std::uint64_t& barrier, unsigned parity) {
+    while (!ptx::mbarrier_try_wait_parity(&barrier, parity)) {
+    }
+}
+
+// One thread keeps the ring full.
+template <int kQueries, int kStages>
+__device__ inline void bring_tiles(const ptx::TensorMap& keys, const ptx::TensorMap& queries, const FusedShape& shape,
+                                   FusedShared<kQueries, kStages>& shared) {
+    Turn<kStages> turn;
+    for (std::int64_t tile = blockIdx.x; tile < shape.n_tiles; tile += gridDim.x) {
+        const auto first_key = static_cast<int>(tile / shape.n_query_tiles * kKeys);
+        const auto first_query = static_cast<int>(tile % shape.n_query_tiles * kQueries);
+        // what rounding left of the queries comes first: then the sums are small while it is added, and the error that
+        // both parts' additions make stays within what the margins hold for one
+        for (int part = shape.n_parts - 1; part >= 0; --part) {
+            const int row = first_query + part * static_cast<int>(shape.selection.n_queries);
+            for (int step = 0; step < shape.n_steps; ++step) {
+                wait_for(shared.released[turn.stage], turn.parity ^ 1);
+                ptx::mbarrier_arrive_expect_tx(&shared.landed[turn.stage], (kKeys + kQueries) * ptx::kBoxRowBytes);
+                ptx::copy_box(shared.keys[turn.stage], &keys, &shared.landed[turn.stage], step * kColumns, first_key);
+                ptx::copy_box(shared.queries[turn.stage], &queries, &shared.landed[turn.stage], step * kColumns, row);
+                turn.advance();
+            }
+        }
+    }
+}
+
+__device__ inline void multiply(float (&sums)[64], std::uint64_t keys, std::uint64_t queries, bool accumulates) {
+    ptx::wgmma_m64n128k16(sums, keys, queries, accumulates);
+}
+__device__ inline void multiply(float (&sums)[128], std::uint64_t keys, std::uint64_t queries, bool accumulates) {
+    ptx::wgmma_m64n256k16(sums, keys, queries, accumulates);
+}
+
+// Adds the squares of a stage's 64 columns to those of the two keys this thread holds sums of; its three neighbours
+// have the same keys and take other columns. Which ones does not matter; through the swizzle no bank is met twice.
+__device__ inline void add_squares(const unsigned char* group_keys, float (&squares)[2]) {
+    const unsigned warp = threadIdx.x % kGroupThreads / kLanes, lane = threadIdx.x % kLanes;
+#pragma unroll
+    for (unsigned half = 0; half < 2; ++half) {
+        const unsigned row = 16 * warp + 8 * half + lane / 4;
+#pragma unroll
+        for (unsigned piece = 0; piece < 2; ++piece) {
+            const std::uint32_t place = ptx::swizzled(row * ptx::kBoxRowBytes + (2 * (lane % 4) + piece) * 16);
+            const Eight<BFloat16> eight = load_eight(reinterpret_cast<const BFloat16*>(group_keys + place));
+#pragma unroll
+            for (int i = 0; i < kEight; ++i) {
+                squares[half] = __fmaf_rn(eight[i], eight[i], squares[half]);
+            }
+        }
+    }
+}
+
+// The warp has read the stage; its copies may be overwritten when all warps have.
+__device__ inline void release(std::uint64_t& barrier) {
+    __syncwarp();
+    if (threadIdx.x % kLanes == 0) {
+        ptx::mbarrier_arrive(&barrier);
+    }
+}
+
+// The sums of one tile and the squares of its keys.
+template <int kQueries, int kStages>
+__device__ inline void multiply_tile(const FusedShape& shape, FusedShared<kQueries, kStages>& shared,
+                                     Turn<kStages>& turn, float (&sums)[kQueries / 2], float (&squares)[2]) {
+    const unsigned group_begin = threadIdx.x / kGroupThreads * kGroupKeys * ptx::kBoxRowBytes;
+    const int n_steps = shape.n_parts * shape.n_steps, first_measured = n_steps - shape.n_steps;
+    int before = -1;  // the stage whose products may still be under way
+    for (int step = 0; step < n_steps; ++step) {
+        wait_for(shared.landed[turn.stage], turn.parity);
+        const unsigned char* const group_keys = shared.keys[turn.stage] + group_begin;
+        const std::uint32_t keys = ptx::shared_address(group_keys);
+        const std::uint32_t queries = ptx::shared_address(shared.queries[turn.stage]);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int depth = 0; depth < kColumns; depth += kDepth) {
+            multiply(sums, ptx::matrix_at(keys + 2 * depth), ptx::matrix_at(queries + 2 * depth),
+                     step > 0 || depth > 0);
+        }
+        ptx::wgmma_commit();
+        if (step >= first_measured) {
+            add_squares(group_keys, squares);
+        }
+        ptx::wgmma_wait<1>(sums);
+        if (before >= 0) {
+            release(shared.released[before]);
+        }
+        before = turn.stage;
+        turn.advance();
+    }
+    ptx::wgmma_wait<0>(sums);
+    release(shared.released[before]);
+}
+
+// Not below ‖k‖. The squares were added in float32, each addition exact to 2⁻²⁴ or, next to zero, to 2⁻¹⁵⁰.
+__device__ inline float norm_above(double square, std::int64_t key_dim) {
+    const auto n = static_cast<double>(key_dim);
+    return static_cast<float>(sqrt((square + n * 0x1p-149) * (1.0 + (n + 16.0) * 0x1p-24)) * (1.0 + 0x1p-22));
+}
+
+// The same where the float32 sum overflowed; infinite exactly if the row is not finite.
+__device__ inline double square_in_double(const Selection& selection, std::int64_t row) {
+    const BFloat16* key = static_cast<const BFloat16*>(selection.keys.data) + row * selection.keys.row_stride;
+    double square = 0.0;
+    for (std::int64_t j = 0; j < selection.keys.key_dim; ++j) {
+        const double value = static_cast<double>(widened(key[j]));
+        square += value * value;
+    }
+    return square < kInfinity ? square : kInfinity;
+}
+
+struct KeyOfThread {
+    std::int64_t row = 0;
+    float norm = 0.0f;
+    bool is_there = false;  // in the chunk, and finite
+};
+
+__device__ inline KeyOfThread key_of_thread(const FusedShape& shape, std::int64_t row, float square, bool counts) {
+    KeyOfThread key = {row, 0.0f, row < shape.selection.keys.n_keys};
+    auto wide = static_cast<double>(square);
+    if (key.is_there && !(square < kFloatInfinity)) {
+        wide = square_in_double(shape.selection, row);
+        key.is_there = wide < kInfinity;
+        if (!key.is_there && counts) {
+            atomicAdd(reinterpret_cast<unsigned long long*>(shape.counters.n_nonfinite), 1ull);
+            atomicMin(reinterpret_cast<long long*>(shape.counters.first_nonfinite),
+                      static_cast<long long>(shape.selection.first_row + row));
+        }
+    }
+    key.norm = norm_above(wide, shape.selection.keys.key_dim);
+    return key;
+}
+
+// No store of this kernel changes them, so that loads may run ahead.
+__device__ inline QueryLimit load_limit(const FusedScratch& scratch, std::int64_t query) {
+    const uint4 words = __ldg(reinterpret_cast<const uint4*>(scratch.limits + query));
+    return {__uint_as_float(words.x), __uint_as_float(words.y), __uint_as_float(words.z), 0.0f};
+}
+
+// Rare.
+__device__ inline void append(const FusedScratch& scratch, const QueryLimit& limit, const KeyOfThread& key,
+                              std::int64_t query) {
+    if (!key.is_there || limit.limit == kFloatInfinity) {  // such a query is none, or left out
+        return;
+    }
+    const std::int32_t place = atomicAdd(&scratch.counts[query], std::int32_t{1});
+    if (place < scratch.capacity) {
+        scratch.candidates[query * scratch.capacity + place] = static_cast<std::int32_t>(key.row);
+    }
+}
+
+// Writes down the pairs of the tile that may belong among the hits.
+template <int kQueries>
+__device__ inline void append_survivors(const FusedShape& shape, std::int64_t tile, const float (&sums)[kQueries / 2],
+                                        float (&squares)[2]) {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    const auto first_row = static_cast<std::int64_t>(threadIdx.x) / kLanes * 16 + lane / 4;
+    const std::int64_t first_query = tile % shape.n_query_tiles * kQueries + 2 * (lane % 4);
+    const bool counts = lane % 4 == 0 && tile % shape.n_query_tiles == 0;
+    KeyOfThread own[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 1);
+        squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 2);
+        own[half] =
+            key_of_thread(shape, tile / shape.n_query_tiles * kKeys + first_row + 8 * half, squares[half], counts);
+    }
+#pragma unroll
+    for (int column = 0; column < kQueries / 8; ++column) {
+        const std::int64_t query = first_query + 8 * column;
+        const QueryLimit limits[2] = {load_limit(shape.scratch, query), load_limit(shape.scratch, query + 1)};
+        unsigned survivors = 0;
+#pragma unroll
+        for (int place = 0; place < 4; ++place) {
+            const QueryLimit& limit = limits[place % 2];
+            const float norm = own[place / 2].norm;
+            // upwards in one rounding; a NaN survives
+            const float best = __fmaf_ru(norm, limit.margin, sums[4 * column + place]);
+            survivors |= best < limit.limit && norm < limit.largest_norm ? 0u : 1u << place;
+        }
+        if (survivors == 0) {
+            continue;
+        }
+#pragma unroll
+        for (int place = 0; place < 4; ++place) {
+            if ((survivors >> place & 1u) != 0) {
+                append(shape.scratch, limits[place % 2], own[place / 2], query + place % 2);
+            }
+        }
+    }
+}
+
+}  // namespace rep_fast::cuda
