@@ -202,7 +202,7 @@ def test_the_factor_s_precision_changes_no_update(
         "solver",
         lambda self, layer, **options: asked.append(options["precision"]) or solver(self, layer, **options),
     )
-    refined = make(tiny_llama64, method, FACTS)
+    refined = make(tiny_llama64, method, FACTS, factor_precision="fp32")
     assert set(asked) == {"fp32"}
     asked.clear()
     exact = make(tiny_llama64, method, FACTS, factor_precision="fp64")
