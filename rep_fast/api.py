@@ -33,8 +33,17 @@ WriteStep = Callable[[Sequence[EditCase], int, Sequence[Edit]], Edit]
 CONTEXT_SEED = factworld.TEXT_SEED + 1
 
 
+# in place of a device: how transformers spreads a model over all GPUs
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
 def load_model(name: str | Path, *, dtype: str | torch.dtype | None = None, device: str | None = None) -> EditableLM:
-    """A model by name: `factworld`, a hub id, or a directory written by `save_pretrained`."""
+    """A model by name: `factworld`, a hub id, or a directory written by `save_pretrained`.
+
+    device: a device, or one of `DEVICE_MAPS` to spread the model over several.
+    """
+    if device in DEVICE_MAPS:
+        return EditableLM.from_pretrained(name, dtype=dtype, device_map=device)
     return EditableLM.from_pretrained(name, dtype=dtype, device=device)
 
 

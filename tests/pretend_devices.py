@@ -31,6 +31,7 @@ _WAITING = {
     _aten._linalg_check_errors,
 }  # fmt: skip
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_WHOLE = {torch.linalg.qr}  # makes its results where its kernel runs
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 
 
@@ -86,10 +87,15 @@ class _Lists(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             device = kwargs["device"]
             return func(*args, **{**kwargs, "device": None}).to(device)
+        if func is Tensor.__getitem__ and isinstance(args[1], list):
+            args = (args[0], torch.tensor(args[1]))
         if func is Tensor.tolist and isinstance(args[0], Pretended):
             return args[0].cpu().tolist()
         if func in _PRODUCTS and args[0].dim() == 1 and args[1].dim() == 2:  # torch drops the new dimension in place
             return (args[0][None] @ args[1])[0]
+        if func in _WHOLE and isinstance(args[0], Pretended):
+            home = args[0].device
+            return tree_map(lambda part: Pretended(part, home), func(*tree_map(_unwrapped, args), **kwargs))
         return func(*args, **kwargs)
 
 

@@ -46,7 +46,8 @@ SetOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1 … Default: a GPU if there is one.")
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1 …, or auto to use all GPUs. Default: a GPU if there is one."),
 ]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, float16 … Default: as stored.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]

@@ -73,7 +73,8 @@ def whiten_queries(lm: EditableLM, queries: Sequence[Query], moments: SecondMome
     """
     moments.check_model(lm)
     keys = torch.stack([query.key for query in queries]).double().cpu()
-    whitened = moments.solver(layer).solve(keys.T).T.to(keys)
+    solver = moments.solver(layer)
+    whitened = solver.solve(keys.T.to(solver.second_moment.device)).T.to(keys)
     return WhitenedQueries(
         subjects=tuple(query.subject for query in queries),
         whitened=whitened.float().contiguous(),

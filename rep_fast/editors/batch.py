@@ -206,8 +206,8 @@ def write_layers(
     with ExitStack() as active:
         for step, layer in enumerate(layers):
             keys, current = reader.read(layer, site)
-            missing = (targets.to(current) - current).double()
             columns = keys.T.double()
+            missing = (targets.to(current) - current).double().to(columns.device)  # read at the last layer
             update = solve_batch(
                 columns, missing.T * spread_share(step, len(layers), root=rule.root),
                 metric=partial(_metric_at, rule, layer),

@@ -24,6 +24,7 @@ from rep_fast.errors import HparamError, NothingToEditError
 from rep_fast.facts import Fact
 from rep_fast.models import EditableLM, Site, SuffixState
 from rep_fast.models.resume import EMBEDDINGS
+from rep_fast.models.transfer import sent
 from rep_fast.presets import flat_mapping
 
 
@@ -98,8 +99,8 @@ def knowledge_neurons(
     for number, layer in enumerate(layers):
         index = chosen[number].nonzero()[:, 0]
         if len(index):
-            columns = shift[:, None].expand(-1, len(index)).clone()
-            delta = Slices(index, columns, "inputs", lm.key_width(layer))
+            columns = shift[:, None].expand(-1, len(index)).clone().to(lm.layer_device(layer))
+            delta = Slices(index.to(columns.device), columns, "inputs", lm.key_width(layer))
             modules.append(ModuleEdit(layer, delta, vectors={"scores": scores[:, number, index].mean(dim=0)}))
     return Edit(
         facts=(fact,),
@@ -186,7 +187,9 @@ def _shift(lm: EditableLM, fact: Fact, hparams: KnowledgeNeuronsHparams) -> Tens
         raise nothing_to_edit([fact])
     embeddings = lm.token_embeddings.detach()
     wide = torch.promote_types(embeddings.dtype, torch.float32)
-    new, old = (embeddings[list(ids)].to(wide).sum(dim=0) for ids in (answer.target_ids, said))
+    new, old = (
+        embeddings[sent(torch.tensor(ids), embeddings.device)].to(wide).sum(dim=0) for ids in (answer.target_ids, said)
+    )
     # the published code counts single tokens twice
     return (new - old) * (2 if len(answer.target_ids) == len(said) == 1 else 1)
 

@@ -165,7 +165,7 @@ def _train(lm: EditableLM, targets: Sequence[TargetLoss], wrappers: Sequence[Any
             loss = target(lm.logits(batch, at=target.at))
             total += float(loss.detach()) * target.n_facts
             if hparams.lora_kind == "adalora":
-                loss = loss + _ORTHOGONALITY * _orthogonality(wrappers)
+                loss = loss + _ORTHOGONALITY * _orthogonality(wrappers).to(loss.device)
             for factor, gradient in zip(factors, torch.autograd.grad(loss, factors), strict=True):
                 factor.grad = gradient
             optimiser.step()
@@ -180,7 +180,7 @@ def _orthogonality(wrappers: Sequence[Any]) -> Tensor:
         for factor in (wrapper.lora_A[_NAME], wrapper.lora_B[_NAME].T):
             eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
             terms.append((factor @ factor.T - eye).norm())
-    return torch.stack(terms).mean()
+    return torch.stack([term.to(terms[-1].device) for term in terms]).mean()
 
 
 def _delta(wrapper: Any) -> LowRank:

@@ -137,7 +137,8 @@ def whitened(key: Tensor, moments: SecondMoments | None, hparams: RomeHparams) -
     """u = C⁻¹k in float64 (k itself when C is left out)."""
     if moments is None or not hparams.mom2_adjustment:
         return key.double()
-    return moments.solver(hparams.layer).solve(key[:, None])[:, 0].to(key.device)
+    solver = moments.solver(hparams.layer)
+    return solver.solve(key[:, None].to(solver.second_moment.device))[:, 0].to(key.device)
 
 
 def _check_moments(lm: EditableLM, moments: SecondMoments | None, hparams: RomeHparams) -> None:

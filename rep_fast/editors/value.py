@@ -179,6 +179,7 @@ class ResumedForward:
             return self.lm.resume(self.state, self.state.hidden + added[0], at=at, read_layers=self.read_layers)
         with ExitStack() as stack:
             for kind, change in zip(self.sites, added, strict=True):
+                change = change.to(self.lm.layer_device(self.layer))  # the state may lie a layer below
                 stack.enter_context(self.lm.patch(Site(kind, self.layer), change.add))
             return self.lm.resume(self.state, self.state.hidden, at=at, read_layers=self.read_layers)
 

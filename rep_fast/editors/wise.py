@@ -193,7 +193,7 @@ def memory_loss(lm: EditableLM, examples: Examples, change: Tensor, hparams: Wis
     gaps = activation_gaps(examples.values, examples.values + moved, lm.activation)
     inside, outside = (_row_means(gaps, where) for where in (examples.is_subject, examples.is_rest))
     wanted = (outside - hparams.alpha, hparams.beta - inside, hparams.gamma - inside + outside)
-    return nll + sum((_mean_of_positive(excess) for excess in wanted), start=nll.new_zeros(()))
+    return nll + sum((_mean_of_positive(excess) for excess in wanted), start=gaps.new_zeros(())).to(nll.device)
 
 
 def trainable_entries(like: Tensor, ratio: float, *, seed: int, number: int) -> Tensor:

@@ -127,7 +127,7 @@ class KeyAdapter:
             return torch.full(keys.shape[:-1], self.tau == 0.0, dtype=torch.bool, device=keys.device)
         # on logits, as the adapter itself decides, so that both agree in the last bit
         logits = gate_logits(keys.detach().reshape(-1, self.width), self.weights).detach()
-        return (logits > logits.new_tensor(math.log(self.tau / (1 - self.tau)))).reshape(keys.shape[:-1])
+        return (logits > logits.new_full((), math.log(self.tau / (1 - self.tau)))).reshape(keys.shape[:-1])
 
 
 def adapted(keys: Tensor, adapters: Sequence[KeyAdapter], *, compose: str = "chain") -> Tensor:

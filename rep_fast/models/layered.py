@@ -133,10 +133,15 @@ class LayeredModel:
         """[outputs, inputs] view of a linear's weight; writing into it writes the model.
 
         Raises:
-            LayerError: as `linear`, or the weight is quantised.
+            LayerError: as `linear`, or the weight is quantised or offloaded.
         """
         module = self.linear(layer, name)
         weight: Tensor = module.weight  # type: ignore[assignment]
+        if weight.is_meta:
+            raise LayerError(
+                f"{self._linear_path(name)} of layer {layer} is offloaded, where an edit would not stick; load the "
+                "model without offloading"
+            )
         if not weight.is_floating_point():
             raise LayerError(
                 f"{self._linear_path(name)} of layer {layer} is stored as {weight.dtype}; apply edits by hook, not by "

@@ -71,6 +71,7 @@ def load_pretrained(
     Raises:
         UnknownFamilyError: before any weight is read. ModelLoadError: anything missing, truncated or damaged.
         NonFiniteError: a weight holds NaN or infinity. MissingDependencyError: `device_map` without accelerate.
+        ModelLoadError: also where `device_map` does not hold all weights on devices.
     """
     name = resolve(name_or_path)
     where = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -83,6 +84,7 @@ def load_pretrained(
     model = _load_weights(
         name, dtype=as_dtype(dtype, embedded=name_or_path in EMBEDDED), device_map=device_map, **where
     )
+    check_in_place(model, name)
     check_finite(model)
     model.requires_grad_(False).eval()
     if device_map is None:
@@ -135,6 +137,16 @@ def _load_weights(name: str, *, dtype: str | torch.dtype, device_map: Any, **opt
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def check_in_place(model: nn.Module, name: str) -> None:
+    """Raise ModelLoadError naming the first weight that is offloaded: it is fetched anew for every pass, unedited."""
+    for weight, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ModelLoadError(
+                f"device_map leaves no room for {weight} of {name!r}, which is offloaded, where an edit would not "
+                f"stick; give more or larger GPUs, a smaller dtype, or device='cpu'"
+            )
 
 
 def check_finite(model: nn.Module) -> None:

@@ -123,7 +123,7 @@ def _library_solve(lower: Tensor, scale: Tensor, b: Tensor) -> Tensor:
     scaled = (scaled / sizes).to(lower.dtype)
     if b.shape[1] == 0:
         solution = scaled
-    elif b.is_cuda:
+    elif b.device.type != "cpu":
         solution = torch.cholesky_solve(scaled, lower)
     else:
         potrs = lapack.spotrs if lower.dtype == torch.float32 else lapack.dpotrs
@@ -161,7 +161,7 @@ def factorise(matrix: Tensor, *, shift: float, precision: str) -> tuple[Factor |
 
 
 def _factor_in_place(scaled: Tensor) -> tuple[Tensor | None, int]:
-    if scaled.is_cuda:
+    if scaled.device.type != "cpu":
         # torch's factors are column-major: the upper one, transposed, is the row-major lower one without a copy
         transposed, info = torch.linalg.cholesky_ex(scaled.mT, upper=True)
         failed = int(info)

@@ -137,7 +137,7 @@ def collect_moments(
         fingerprint=lm.fingerprint,
         model_name=lm.name,
         settings=store.settings,
-        device=lm.device,
+        device={layer: lm.layer_device(layer) for layer in settings.layers},
     )
 
 

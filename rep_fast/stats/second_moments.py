@@ -37,7 +37,8 @@ class SecondMoments:
         fingerprint: of the model.
         model_name: for messages.
         settings: how they were collected; JSON values only.
-        device: where solvers work unless told otherwise; that of the model when collected or loaded with one.
+        device: where solvers work unless told otherwise, one for all layers or layer → device; those of the model's
+            layers when collected or loaded with one.
     Raises:
         LayerError: layers of triangles and counts differ, or a triangle has an impossible length.
         NonFiniteError: a triangle holds NaN or infinity.
@@ -52,7 +53,7 @@ class SecondMoments:
         fingerprint: str,
         model_name: str = "",
         settings: Mapping[str, Any] | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | Mapping[int, torch.device] = "cpu",
     ) -> None:
         if not triangles or triangles.keys() != counts.keys():
             raise LayerError(f"second moments for layers {sorted(triangles)} but counts for {sorted(counts)}")
@@ -65,7 +66,7 @@ class SecondMoments:
         self.fingerprint = fingerprint
         self.model_name = model_name
         self.settings = dict(settings or {})
-        self.device = torch.device(device)
+        self._devices = dict(device) if isinstance(device, Mapping) else dict.fromkeys(triangles, torch.device(device))
         self._triangles = {layer: triangles[layer].cpu() for layer in sorted(triangles)}
         self._counts = {layer: int(counts[layer]) for layer in sorted(counts)}
         self._solvers: dict[tuple[Any, ...], SpdSolver] = {}
@@ -152,6 +153,11 @@ class SecondMoments:
         """M of a layer."""
         return width_of(self._triangle(layer))
 
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer's solver works."""
+        self._triangle(layer)  # refuses a layer that is not there
+        return self._devices[layer]
+
     def second_moment(self, layer: int) -> Tensor:
         """C [M, M], float64, exactly symmetric, on the CPU."""
         return unpacked(self._triangle(layer))
@@ -170,12 +176,12 @@ class SecondMoments:
             ridge: r of C + r·tr(C)/M·I. None: 0, and where C is singular in spite of enough tokens (neurons that never
                 fire) the smallest of 1e-8, 1e-7 … that helps, with a warning; `solver.report` says which.
             precision: of the factor, "auto", "fp32" or "fp64", see `SpdSolver.factor`.
-            device: where to factor and solve; default `self.device`.
+            device: where to factor and solve; default `device_of(layer)`.
         Raises:
             LayerError: no second moment of that layer.
             SingularMomentError: fewer tokens than M and no ridge, or no ridge helps.
         """
-        place = self.device if device is None else torch.device(device)
+        place = self.device_of(layer) if device is None else torch.device(device)
         key = (layer, ridge, precision, place)
         if key not in self._solvers:
             # in the precision it was kept in: the solver widens tile by tile where it needs float64
@@ -201,15 +207,16 @@ class SecondMoments:
         """
         key = (layer, threshold, share)
         if key not in self._null_spaces:
+            device = self.device_of(layer)
             found = cached_null_space(
-                self.second_moment(layer).to(self.device),
+                self.second_moment(layer).to(device),
                 threshold=threshold,
                 share=share,
                 identity={"fingerprint": self.fingerprint, "layer": layer},
                 model_name=self.model_name,
                 cache_dir=cache_dir,
             )
-            self._null_spaces[key] = NullSpace(found.basis.to(self.device), found.is_complement, found.eigenvalue)
+            self._null_spaces[key] = NullSpace(found.basis.to(device), found.is_complement, found.eigenvalue)
         return self._null_spaces[key]
 
     def check_model(self, lm: EditableLM) -> None:
@@ -249,7 +256,7 @@ class SecondMoments:
             fingerprint=self.fingerprint,
             model_name=self.model_name,
             settings=self.settings,
-            device=self.device,
+            device=self._devices,
         )
 
     def save(self, path: str | Path) -> None:
@@ -276,7 +283,7 @@ class SecondMoments:
         moments = load_moments(path)
         if lm is not None:
             moments.check_model(lm)
-            moments.device = lm.device
+            moments._devices |= {layer: lm.layer_device(layer) for layer in moments.layers if layer < lm.n_layers}
         return moments
 
     def _triangle(self, layer: int) -> Tensor:
