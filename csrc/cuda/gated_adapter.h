@@ -7,7 +7,8 @@
 // A few tokens: `gated_adapter`, whose first launch reads every W1 once, decides all gates and copies the keys; where a
 // gate opens, later launches project. Many tokens: the caller copies the keys to `adapted`, multiplies keys and W1 by a
 // library product, hands the products to `gate_products`, adapter by adapter and block by block, and calls
-// `apply_open`; or it takes `compact_open` and projects the open rows itself.
+// `apply_open`. No list of the open rows is made: a library's product with them would need their number on the host,
+// and the projections' warps pass over closed tokens at 4 bytes each.
 #pragma once
 
 #include <cstddef>
@@ -76,8 +77,5 @@ struct GateProductsCall {
     bool* opened = nullptr;   // [n_tokens]
 };
 void gate_products(const GateProductsCall& call, void* stream);
-
-// rows[0 … n_open) = the tokens with an open gate, ascending, −1 behind them up to n_tokens; all on the device.
-void compact_open(const bool* opened, std::int64_t n_tokens, std::int64_t* rows, std::int64_t* n_open, void* stream);
 
 }  // namespace rep_fast::cuda

@@ -1,6 +1,6 @@
-// Gates of many tokens from a library's products, and the rows that are open, for every architecture.
+// Gates of many tokens from a library's products, for every architecture.
 //
-// A warp per token reads its products once: 4·T·H bytes. One block lists the open rows, in their order.
+// A warp per token reads its products once: 4·T·H bytes.
 #include <cuda_runtime.h>
 
 #include "core/error.h"
@@ -34,42 +34,6 @@ __global__ void __launch_bounds__(kGateThreads) products_kernel(GateProductsCall
     }
 }
 
-struct CompactShared {
-    int warp_counts[kGateWarps];
-};
-
-// One block walks over the tokens, so that the rows come out in order.
-__global__ void __launch_bounds__(kGateThreads)
-    compact_kernel(const bool* opened, std::int64_t n_tokens, std::int64_t* rows, std::int64_t* n_open) {
-    auto& shared = shared_as<CompactShared>();
-    const int warp = static_cast<int>(threadIdx.x) / kLanes, lane = static_cast<int>(threadIdx.x) % kLanes;
-    std::int64_t n_before = 0;
-    for (std::int64_t base = 0; base < n_tokens; base += kGateThreads) {
-        const std::int64_t token = base + threadIdx.x;
-        const bool is_there = token < n_tokens && opened[token];
-        const unsigned votes = __ballot_sync(kAllLanes, is_there);
-        if (lane == 0) {
-            shared.warp_counts[warp] = __popc(votes);
-        }
-        __syncthreads();
-        std::int64_t place = n_before + __popc(votes & ((1u << lane) - 1u));
-        for (int other = 0; other < kGateWarps; ++other) {
-            place += other < warp ? shared.warp_counts[other] : 0;
-            n_before += shared.warp_counts[other];
-        }
-        if (is_there) {
-            rows[place] = token;
-        }
-        __syncthreads();  // the counts are read before the next ones are written
-    }
-    for (std::int64_t place = n_before + threadIdx.x; place < n_tokens; place += kGateThreads) {
-        rows[place] = -1;
-    }
-    if (threadIdx.x == 0) {
-        *n_open = n_before;
-    }
-}
-
 }  // namespace
 
 void gate_products(const GateProductsCall& call, void* stream) {
@@ -85,12 +49,6 @@ void gate_products(const GateProductsCall& call, void* stream) {
     } else {
         launch("gate_products", products_kernel<BFloat16>, shape, call);
     }
-}
-
-void compact_open(const bool* opened, std::int64_t n_tokens, std::int64_t* rows, std::int64_t* n_open, void* stream) {
-    launch("compact_open", compact_kernel,
-           {dim3(1), dim3(kGateThreads), sizeof(CompactShared), static_cast<cudaStream_t>(stream)}, opened, n_tokens,
-           rows, n_open);
 }
 
 }  // namespace rep_fast::cuda

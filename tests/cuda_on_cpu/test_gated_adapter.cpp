@@ -437,27 +437,6 @@ void test_bits_do_not_depend_on_the_order_of_blocks() {
     }
 }
 
-void test_compaction() {
-    std::mt19937 random(2);
-    for (const std::int64_t n : {0, 1, 31, 256, 257, 700}) {
-        for (const unsigned share : {0u, 1u, 3u, 4u}) {  // quarters that are open
-            Guarded<bool> opened(static_cast<std::size_t>(n));
-            Guarded<std::int64_t> rows(static_cast<std::size_t>(n)), n_open(1);
-            std::vector<std::int64_t> wanted;
-            for (std::int64_t token = 0; token < n; ++token) {
-                opened[static_cast<std::size_t>(token)] = random() % 4 < share;
-                if (opened[static_cast<std::size_t>(token)]) {
-                    wanted.push_back(token);
-                }
-            }
-            const auto n_wanted = std::ssize(wanted);
-            wanted.resize(static_cast<std::size_t>(n), -1);
-            cuda::compact_open(opened.data(), n, rows.data(), n_open.data(), nullptr);
-            EXPECT(n_open[0] == n_wanted && std::equal(wanted.begin(), wanted.end(), rows.begin()));
-        }
-    }
-}
-
 std::string error_of(const cuda::GatedAdapterCall& call) {
     try {
         cuda::gated_adapter(call, nullptr);
@@ -494,6 +473,5 @@ void test_gated_adapter() {
     test_shut_gates_leave_bits_alone();
     test_ties();
     test_bits_do_not_depend_on_the_order_of_blocks();
-    test_compaction();
     test_errors_name_what_is_wrong();
 }
