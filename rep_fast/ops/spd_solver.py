@@ -26,8 +26,8 @@ from rep_fast.tensor_files import load_tensors, save_tensors
 PRECISIONS = ("auto", "fp32", "fp64")
 _KIND = "spd_solver"
 _FORMAT = 1
-# up to this width "auto" takes float64 on a CPU: there the factorisation's lead in float32 is less than what refinement
-# costs (M = 4096, 100 columns: 0.75 s against 0.90 s, a solve with the kept factor a third), and C has 64 MB at most
+# up to this width "auto" takes float64 on a CPU: factor and first solve cost about the same (100 columns: 0.80 for 0.73
+# s at M = 4096, 9 for 13 ms at 512), solves with the kept factor a third, and C has 64 MB at most
 _WIDE_DIM = 4096
 _MAX_REFINEMENTS = 20
 _MAX_CG_STEPS = 400
