@@ -6,6 +6,7 @@
 namespace rep_fast::python {
 
 void bind_cuda_accumulate_moment(pybind11::module_& m);
+void bind_cuda_fused_scan(pybind11::module_& m);
 void bind_cuda_gated_adapter(pybind11::module_& m);
 void bind_cuda_packed_scores(pybind11::module_& m);
 void bind_cuda_spd_solver(pybind11::module_& m);

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C_cuda, m) {
     });
     m.attr("bodies") = py::list();  // names of the ops that have one
     rep_fast::python::bind_cuda_accumulate_moment(m);
+    rep_fast::python::bind_cuda_fused_scan(m);
     rep_fast::python::bind_cuda_gated_adapter(m);
     rep_fast::python::bind_cuda_packed_scores(m);
     rep_fast::python::bind_cuda_spd_solver(m);

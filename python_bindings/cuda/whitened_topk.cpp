@@ -4,23 +4,15 @@
 #include "cuda/bindings.h"
 #include "cuda/device_args.h"
 #include "cuda/quantised_rows.h"
+#include "cuda/selection_args.h"
 
 namespace rep_fast::python {
 namespace {
 
-cuda::KeyChunk chunk_arg(DeviceArgs& args, const py::object& tensor) {
-    const RowsArg keys = args.rows(tensor, "keys");
-    return {keys.data, keys.dtype, keys.rows, keys.cols, keys.row_stride};
-}
-
-std::int64_t length(const py::object& tensor) {
-    return tensor.is_none() ? 0 : tensor.attr("numel")().cast<std::int64_t>();
-}
-
 void measure_keys(const py::object& keys, std::int64_t first_id, const py::object& norms, const py::object& counters,
                   std::uintptr_t stream) {
     DeviceArgs args;
-    const cuda::KeyChunk chunk = chunk_arg(args, keys);
+    const cuda::KeyChunk chunk = chunk_arg(args, keys, "keys");
     auto* const counts = args.vector<std::int64_t>(counters, "counters");
     const cuda::KeyNorms found = {args.vector<float>(norms, "norms"), counts, counts + 1};
     const Launching launching(args);
@@ -39,7 +31,7 @@ void quantise_rows(const py::object& rows, const py::object& columns, double con
                    const py::object& values, const py::object& steps, const py::object& margins,
                    const py::object& counters, std::uintptr_t stream) {
     DeviceArgs args;
-    const cuda::KeyChunk chunk = chunk_arg(args, rows);
+    const cuda::KeyChunk chunk = chunk_arg(args, rows, "keys");
     const auto bytes = args.take(values, "values").matrix<std::int8_t>();
     REP_FAST_CHECK(bytes.row_stride == bytes.cols, "values must be contiguous, got row stride " << bytes.row_stride);
     auto* const counts = args.optional_vector<std::int64_t>(counters, "counters");
@@ -63,7 +55,7 @@ void select_hits(const py::object& keys, const py::object& norms, std::int64_t f
                  std::uintptr_t stream, const py::object& key_steps, const py::object& query_steps) {
     DeviceArgs args;
     cuda::Selection selection;
-    selection.keys = chunk_arg(args, keys);
+    selection.keys = chunk_arg(args, keys, "keys");
     const auto* const of_keys = args.vector<const float>(norms, "norms");
     selection.first_row = first_row;
     selection.first_id = first_id;
@@ -77,25 +69,8 @@ void select_hits(const py::object& keys, const py::object& norms, std::int64_t f
         selection.int8 = {sums.data, sums.row_stride, args.vector<const float>(key_steps, "key_steps"), of_keys,
                           args.vector<const float>(query_steps, "query_steps")};
     }
-    const auto weights = args.take(queries, "queries").matrix<const float>();
-    selection.queries = weights.data;
-    selection.query_stride = weights.row_stride;
-    selection.n_queries = weights.rows;
-    selection.query_margins = args.vector<const float>(margins, "margins");
-    selection.query_slacks = args.vector<const float>(slacks, "slacks");
-    selection.last_token = {.token_ids = args.optional_vector<const std::int64_t>(token_ids, "token_ids"),
-                            .sequence_starts = args.optional_vector<const std::int64_t>(sequence_starts, "starts"),
-                            .n_sequences = length(sequence_starts),
-                            .last_tokens = args.optional_vector<const std::int64_t>(last_tokens, "last_tokens"),
-                            .lookback = args.optional_vector<const std::int64_t>(lookback, "lookback"),
-                            .n_lookback = length(lookback),
-                            .window = window};
-    selection.pairs = {.indptr = args.optional_vector<const std::int64_t>(indptr, "indptr"),
-                       .subjects = args.optional_vector<const std::int64_t>(subjects, "subjects")};
-    const auto best = args.take(scores, "scores").matrix<double>();
-    selection.scores = best.data;
-    selection.ids = args.take(ids, "ids").matrix<std::int64_t>().data;
-    selection.k = best.cols;
+    take_queries(args, {queries, margins, slacks, scores, ids}, selection);
+    take_rules(args, {token_ids, sequence_starts, last_tokens, lookback, window, indptr, subjects}, selection);
     const Launching launching(args);
     cuda::select_hits(selection, stream_arg(stream));
 }

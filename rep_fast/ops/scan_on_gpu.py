@@ -1,5 +1,6 @@
 """The collision scan on a GPU: chunk by chunk a library product, whose scores stay in the L2 cache, and a kernel that
-makes exact hits of them. Nothing here waits for the device."""
+makes exact hits of them; or, when asked for, the fused body of `rep_fast.ops.scan_fused`. Nothing here waits for the
+device."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rep_fast.ops.native import stream_number
+from rep_fast.ops.scan_fused import FusedChunks, fused_begin, fused_rows
 from rep_fast.ops.scan_int8 import DitheredQueries, Int8Chunks
 from rep_fast.ops.scan_products import PreparedQueries, approximate_scores, choose_chunk_rows
 from rep_fast.ops.topk_state import PASSES, REASONS
@@ -42,28 +44,30 @@ def scan_on_gpu(
     counters = torch.full((2,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=device)
     counters[0] = 0
     rows = min(_chunk_rows(queries, keys), max(len(keys), 1))
+    given: dict[str, Any] = {
+        "first_id": first_id,
+        "queries": queries.rows,
+        "margins": queries.margins,
+        "slacks": queries.slacks,
+        "window": window,
+        "scores": scores,
+        "ids": ids,
+        "stream": stream_number(device),
+        **{name: None if t is None else t.contiguous() for name, t in rules.items()},
+    }
     chunks = (
         Int8Chunks(module, queries, rows, counters)
         if isinstance(queries, DitheredQueries)
         else _FloatChunks(module, queries, keys, rows, counters)
     )
-    stream = stream_number(device)
-    given: dict[str, Any] = {name: None if t is None else t.contiguous() for name, t in rules.items()}
-    for first, chunk in chunks_on(device, keys, rows):
-        module.select_hits(
-            keys=chunk,
-            first_row=first,
-            first_id=first_id,
-            queries=queries.rows,
-            margins=queries.margins,
-            slacks=queries.slacks,
-            window=window,
-            scores=scores,
-            ids=ids,
-            stream=stream,
-            **chunks.scored(chunk, first),
-            **given,
-        )
+    begin = fused_begin(module, keys, queries)
+    for first, chunk in chunks_on(device, keys[:begin], rows):
+        module.select_hits(keys=chunk, first_row=first, **chunks.scored(chunk, first), **given)
+    if begin < len(keys):
+        fused_chunk = fused_rows(keys, device)
+        fused = FusedChunks(module, queries, counters, fused_chunk)
+        for first, chunk in chunks_on(device, keys[begin:], fused_chunk):
+            fused.scan(chunk, begin + first, **given)
     return scores, ids, queries.dropped, _counts(counters, queries.scan_pass, len(keys))
 
 

@@ -1,0 +1,66 @@
+#include "cuda/fused_scan.h"
+
+#include "core/matrix_view.h"
+#include "cuda/bindings.h"
+#include "cuda/device_args.h"
+#include "cuda/selection_args.h"
+
+namespace rep_fast::python {
+namespace {
+
+void take_factor(DeviceArgs& args, const py::object& factor, int n_parts, cuda::FusedScan& scan) {
+    const auto parts = args.take(factor, "factor").matrix<const BFloat16>();
+    scan.factor = parts.data;
+    scan.factor_stride = parts.row_stride;
+    scan.n_parts = n_parts;
+    scan.selection.n_queries = parts.rows / n_parts;
+}
+
+bool can_fuse(const py::object& keys, const py::object& factor, int n_parts) {
+    DeviceArgs args;
+    cuda::FusedScan scan;
+    scan.selection.keys = chunk_arg(args, keys, "keys");
+    take_factor(args, factor, n_parts, scan);
+    return cuda::can_fuse(scan);
+}
+
+void scan_fused(const py::object& keys, std::int64_t first_row, std::int64_t first_id, const py::object& factor,
+                int n_parts, const py::object& counters, const py::object& limits, const py::object& counts,
+                const py::object& candidates, const py::object& queries, const py::object& margins,
+                const py::object& slacks, const py::object& token_ids, const py::object& sequence_starts,
+                const py::object& last_tokens, const py::object& lookback, std::int64_t window,
+                const py::object& indptr, const py::object& subjects, const py::object& scores, const py::object& ids,
+                std::uintptr_t stream) {
+    DeviceArgs args;
+    cuda::FusedScan scan;
+    scan.selection.keys = chunk_arg(args, keys, "keys");
+    scan.selection.first_row = first_row;
+    scan.selection.first_id = first_id;
+    take_factor(args, factor, n_parts, scan);
+    take_queries(args, {queries, margins, slacks, scores, ids}, scan.selection);
+    take_rules(args, {token_ids, sequence_starts, last_tokens, lookback, window, indptr, subjects}, scan.selection);
+    auto* const bad_rows = args.vector<std::int64_t>(counters, "counters");
+    scan.counters = {nullptr, bad_rows, bad_rows + 1};
+    const auto lists = args.take(candidates, "candidates").matrix<std::int32_t>();
+    REP_FAST_CHECK(lists.row_stride == lists.cols,
+                   "candidates must be contiguous, got row stride " << lists.row_stride);
+    auto* const of_queries = args.take(limits, "limits").matrix<float>().data;  // four numbers each
+    scan.scratch = {reinterpret_cast<cuda::QueryLimit*>(of_queries), args.vector<std::int32_t>(counts, "counts"),
+                    lists.data, lists.cols};
+    const Launching launching(args);
+    cuda::scan_fused(scan, stream_arg(stream));
+}
+
+}  // namespace
+
+void bind_cuda_fused_scan(py::module_& m) {
+    m.def("padded_queries", &cuda::padded_queries, py::arg("n_queries"));
+    m.def("can_fuse", &can_fuse, py::kw_only(), py::arg("keys"), py::arg("factor"), py::arg("n_parts"));
+    m.def("scan_fused", &scan_fused, py::kw_only(), py::arg("keys"), py::arg("first_row"), py::arg("first_id"),
+          py::arg("factor"), py::arg("n_parts"), py::arg("counters"), py::arg("limits"), py::arg("counts"),
+          py::arg("candidates"), py::arg("queries"), py::arg("margins"), py::arg("slacks"), py::arg("token_ids"),
+          py::arg("sequence_starts"), py::arg("last_tokens"), py::arg("lookback"), py::arg("window"), py::arg("indptr"),
+          py::arg("subjects"), py::arg("scores"), py::arg("ids"), py::arg("stream"));
+}
+
+}  // namespace rep_fast::python

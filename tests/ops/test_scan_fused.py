@@ -1,0 +1,171 @@
+"""The fused body of the scan on a GPU: the same bits as the first body gives, and when it serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cuda_bodies import needs_gpu, serve_by_executor
+from scan_checks import random_block, same_bits
+from torch import Tensor
+
+from rep_fast import errors
+from rep_fast.ops import LastTokenExclusion, PairExclusion, ScanQueries, scan_fused, whitened_topk
+
+
+@pytest.fixture(params=["cuda", "cuda-on-cpu"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where tensors lie that the fused body serves, from their 20th key on and in short chunks."""
+    monkeypatch.setattr(scan_fused, "_OPENING_ROWS", 20)
+    monkeypatch.setattr(scan_fused, "_CHUNK_ROWS", 150)
+    if request.param == "cuda":
+        needs_gpu()
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs a GPU of sm_90")
+        return torch.device("cuda")
+    serve_by_executor(monkeypatch, "whitened_topk")
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Asks for the fused body; how many keys it was given, chunk by chunk."""
+    rows: list[int] = []
+    scan = scan_fused.FusedChunks.scan
+
+    def counted(self: scan_fused.FusedChunks, chunk: Tensor, first_row: int, **given: Any) -> None:
+        rows.append(len(chunk))
+        scan(self, chunk, first_row, **given)
+
+    monkeypatch.setattr(scan_fused.FusedChunks, "scan", counted)
+    monkeypatch.setenv("REP_FAST_GPU_SCAN", "fused")
+    return rows
+
+
+def first_body(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **options: Any) -> Any:
+    with monkeypatch.context() as patch:
+        patch.setenv("REP_FAST_GPU_SCAN", "product")
+        return whitened_topk(*arguments, **options)
+
+
+def rules(n: int, m: int, device: torch.device) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    tokens, last = (torch.randint(30, (size,), generator=generator).to(device) for size in (n, m))
+    pairs = torch.randint(m, (3 * n,), generator=generator).to(device)
+    return {
+        "no rule": None,
+        "last token": LastTokenExclusion(tokens, torch.arange(0, n, 37).to(device), last, window=4),
+        "pairs": PairExclusion(torch.arange(0, 3 * n + 1, 3).to(device), pairs),
+    }
+
+
+@pytest.mark.parametrize("rule", ["no rule", "last token", "pairs"])
+@pytest.mark.parametrize("precision", ["bf16", "bf16x2"])
+@pytest.mark.parametrize(("n_queries", "width", "k"), [(5, 64, 7), (9, 328, 3)])
+def test_both_bodies_give_the_same_bits(
+    device: torch.device,
+    served: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    n_queries: int,
+    width: int,
+    k: int,
+    precision: str,
+    rule: str,
+) -> None:
+    keys, queries = (part.to(device) for part in random_block(400, n_queries, width, dtype=torch.bfloat16))
+    options = {"precision": precision, "exclusion": rules(400, n_queries, device)[rule], "first_id": 70}
+    found = whitened_topk(keys, queries, k, **options)
+    assert served == [150, 150, 80]
+    assert same_bits(found, first_body(monkeypatch, keys, queries, k, **options))
+
+
+def test_many_queries(device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, queries = (part.to(device) for part in random_block(60, 130, 24, dtype=torch.bfloat16))
+    found = whitened_topk(keys, queries, 1)
+    assert served == [40]
+    assert same_bits(found, first_body(monkeypatch, keys, queries, 1))
+
+
+def test_lists_that_overflow_lose_nothing(
+    device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, queries = (part.to(device) for part in random_block(300, 6, 40, dtype=torch.bfloat16))
+    monkeypatch.setattr(scan_fused, "_LIST_BYTES", 4 * 6 * 2)  # two places for each query
+    found = whitened_topk(keys, queries, 9)
+    assert sum(served) == 280
+    assert same_bits(found, first_body(monkeypatch, keys, queries, 9))
+
+
+def test_a_stream_of_blocks_with_rows_that_are_not_finite(
+    device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, queries = (part.to(device) for part in random_block(240, 6, 48, dtype=torch.bfloat16))
+    keys[15, 3], keys[130, 7], keys[200] = torch.nan, torch.inf, -torch.inf
+    queries[2, 5] = torch.nan
+    kept = ScanQueries(queries)
+
+    def scanned() -> Any:
+        first = whitened_topk(keys[:120], kept, 4, nonfinite="exclude")
+        return whitened_topk(keys[120:], kept, 4, nonfinite="exclude", state=first, first_id=120)
+
+    found = scanned()
+    assert sum(served) == 200
+    assert found.n_nonfinite == 3
+    with monkeypatch.context() as patch:
+        patch.setenv("REP_FAST_GPU_SCAN", "product")
+        assert same_bits(found, scanned())
+    with pytest.raises(errors.NonFiniteError, match=r"keys hold a NaN or infinity in row 10 \(id 130\)"):
+        _ = whitened_topk(keys[120:], queries[:2], 4, state=None, first_id=120).ids
+
+
+@pytest.mark.parametrize(
+    "kind", ["float32 keys", "float16 keys", "odd width", "odd stride", "fp32", "fp64", "few keys"]
+)
+def test_what_it_does_not_take_the_first_body_serves(
+    device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    dtype = {"float32 keys": torch.float32, "float16 keys": torch.float16}.get(kind, torch.bfloat16)
+    keys, queries = random_block(60, 4, 36 if kind == "odd width" else 40, dtype=dtype)
+    if kind == "odd stride":
+        keys = torch.nn.functional.pad(keys, (0, 3))
+    keys, queries = keys.to(device)[:, : queries.shape[1]], queries.to(device)
+    keys = keys[:20] if kind == "few keys" else keys
+    precision = kind if kind in ("fp32", "fp64") else "auto"
+    found = whitened_topk(keys, queries, 3, precision=precision)
+    assert served == []
+    assert same_bits(found, first_body(monkeypatch, keys, queries, 3, precision=precision))
+
+
+def test_it_serves_nobody_who_did_not_ask(
+    device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("REP_FAST_GPU_SCAN")
+    whitened_topk(*(part.to(device) for part in random_block(60, 4, 40, dtype=torch.bfloat16)), 3)
+    assert served == []
+
+
+def test_keys_on_the_host(monkeypatch: pytest.MonkeyPatch, served: list[int]) -> None:
+    needs_gpu()
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of sm_90")
+    monkeypatch.setattr(scan_fused, "_STAGED_BYTES", 2 * 200 * 700)
+    keys, queries = random_block(6000, 30, 200, dtype=torch.bfloat16)
+    found = whitened_topk(keys, queries.cuda(), 8)
+    assert served == [700, 700, 504]
+    assert same_bits(found, first_body(monkeypatch, keys.cuda(), queries.cuda(), 8))
+
+
+def test_rows_of_a_chunk_from_the_host() -> None:
+    assert scan_fused.fused_rows(torch.empty(1, 11008), torch.device("cpu")) == 1 << 16
+    assert scan_fused.fused_rows(torch.empty(1, 11008), torch.device("meta")) == (1 << 28) // 22016
+
+
+def test_a_body_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REP_FAST_GPU_SCAN", "best")
+    with pytest.raises(errors.BackendError, match="must be one of product, fused, got 'best'"):
+        scan_fused.is_fused_asked_for(torch.device("cpu"))
+    monkeypatch.setenv("REP_FAST_GPU_SCAN", "fused")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(errors.BackendError, match="needs a GPU of sm_90, this is sm_80; unset it"):
+        scan_fused.is_fused_asked_for(torch.device("cuda"))
