@@ -5,7 +5,7 @@
 #   tests/cpp/run_checks.sh [build directory, default build/checks]
 #
 # Needs cmake >= 3.26, ninja and nm (binutils); runs on emulated processors where qemu-x86_64 is (Debian: qemu-user),
-# compiles the CUDA kernels where nvcc is, and looks at their machine code where cuobjdump is, too.
+# compiles the CUDA kernels where nvcc is, and looks at their machine code where cuobjdump and nvdisasm are, too.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 build=${1:-$root/build/checks}
@@ -82,7 +82,28 @@ check_cuda() { # directory
             failed=1
         fi
     done < <(find "$1" -name '*.cu.o')
-    [ $failed = 0 ] && echo "cuda: no kernel uses local memory"
+    [ $failed = 0 ] || return 1
+    echo "cuda: no kernel uses local memory"
+    check_hopper_code "$(find "$1" -name 'fused_scan.cu.o')"
+}
+
+# The fused scan is written for sm_90a: its products are wgmma's, its tiles come by the copy engine.
+check_hopper_code() { # object
+    if ! command -v nvdisasm >/dev/null; then
+        echo "-- instructions of the fused scan not looked at: nvdisasm is not installed"
+        return 0
+    fi
+    local missing
+    missing=$(cuobjdump -sass -arch sm_90a "$1" | awk '
+        /Function :/ { name = $3; if (name ~ /fused_scan_kernel/) { wanted[name] = 1; n += 1 } }
+        /HGMMA/ { has_product[name] = 1 }
+        /UTMALDG/ { has_copy[name] = 1 }
+        END { if (n == 0) print "any"; for (name in wanted) if (!(has_product[name] && has_copy[name])) print name }')
+    if [ -n "$missing" ]; then
+        echo "HGMMA or UTMALDG are missing in the sm_90a code of fused_scan_kernel: $missing" >&2
+        return 1
+    fi
+    echo "cuda: the fused scan multiplies by HGMMA and copies by UTMALDG"
 }
 
 if command -v nvcc >/dev/null; then
