@@ -6,6 +6,7 @@ A row is printed as soon as it is measured, so that a stage that is stopped lose
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -108,8 +109,15 @@ def torch_scan(keys: Tensor, queries: Tensor, k: int, mask: Tensor, *, chunk: in
     return best
 
 
-def scan_case(n_queries: int, key_dim: int, rates: dict[str, float]) -> None:
-    """The scan of a stream that is under way by each pass, beside torch's and the rate of the pass's bare product."""
+def scan_by(body: str, *arguments: Any, **options: Any) -> TopK:
+    """The scan by one of its bodies, "product" or "fused"."""
+    os.environ["REP_FAST_GPU_SCAN"] = body
+    return whitened_topk(*arguments, **options)
+
+
+def scan_case(n_queries: int, key_dim: int, rates: dict[tuple[str, str], float]) -> None:
+    """The scan of a stream that is under way, beside torch's and the rate of the pass's bare product, for each of
+    (body, pass) in `rates`."""
     generator = torch.Generator(DEVICE).manual_seed(n_queries)
     n = (1 << 32) // (2 * key_dim)  # 4 GB of keys
     keys = torch.randn(n, key_dim, generator=generator, device=DEVICE, dtype=torch.bfloat16)
@@ -119,34 +127,53 @@ def scan_case(n_queries: int, key_dim: int, rates: dict[str, float]) -> None:
     rule = LastTokenExclusion(tokens, torch.arange(0, n, 512, device=DEVICE), last)
     kept = ScanQueries(queries)
     before = whitened_topk(keys, kept, 10, exclusion=rule)
-    sample = slice(0, 4096)
-    part = LastTokenExclusion(tokens[sample], torch.arange(0, 4096, 512, device=DEVICE), last)
-    exact = whitened_topk(keys[sample], queries, 10, exclusion=part, precision="fp64")
-    for precision in rates:
-        found = whitened_topk(keys[sample], queries, 10, exclusion=part, precision=precision)
-        assert torch.equal(found.ids, exact.ids), f"{precision} lost a hit"
+    n_checked = 3 * 4096  # the fused body leaves the first third to the other
+    part = LastTokenExclusion(tokens[:n_checked], torch.arange(0, n_checked, 512, device=DEVICE), last)
+    exact = whitened_topk(keys[:n_checked], queries, 10, exclusion=part, precision="fp64")
+    for body, precision in rates:
+        found = scan_by(body, keys[:n_checked], queries, 10, exclusion=part, precision=precision)
+        assert torch.equal(found.ids, exact.ids), f"{body} {precision} lost a hit"
     mask = torch.zeros(n_queries, n, dtype=torch.bool, device=DEVICE)
     narrow = queries.bfloat16()
 
-    def scan(precision: str) -> TopK:
-        return whitened_topk(keys, kept, 10, exclusion=rule, state=before, first_id=n, precision=precision)
+    def scan(body: str, precision: str) -> TopK:
+        return scan_by(body, keys, kept, 10, exclusion=rule, state=before, first_id=n, precision=precision)
 
     *ours, peer = seconds(
-        *(partial(scan, precision) for precision in rates),
+        *(partial(scan, *way) for way in rates),
         lambda: torch_scan(keys, narrow, 10, mask, chunk=16384),
         rounds=9,
     )
-    for own, (precision, rate) in zip(ours, rates.items(), strict=True):
+    for own, ((body, precision), rate) in zip(ours, rates.items(), strict=True):
         share = 2 * n * n_queries * key_dim / own / rate
-        row(f"{precision}, {n_queries} subjects, M {key_dim}", 1e3 * own, "ms", peer=1e3 * peer, share=share)
+        case = f"{precision} by {body}, {n_queries} subjects, M {key_dim}"
+        row(case, 1e3 * own, "ms", peer=1e3 * peer, share=share)
 
 
 def scan_kernels() -> None:
     """The scan at the shapes of two models, its keys of κ_h = 1: the best case of "int8"."""
-    rates = {"bf16": bf16_rate(), "int8": int8_rate()}
+    rates = {("product", "bf16"): bf16_rate(), ("product", "int8"): int8_rate()}
     for key_dim in (4096, 11008):
         for n_queries in (100, 400, 2000):
             scan_case(n_queries, key_dim, rates)
+
+
+def fused_scan() -> None:
+    """Both bodies of the scan side by side: which of them should serve?"""
+    if not is_hopper():
+        return
+    rate = bf16_rate()
+    for key_dim in (4096, 11008):
+        for n_queries in (100, 400, 2000):
+            scan_case(n_queries, key_dim, {("product", "bf16"): rate, ("fused", "bf16"): rate})
+
+
+def is_hopper() -> bool:
+    """Whether the fused scan runs here; told where it does not."""
+    is_there = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    if not is_there:
+        print("the fused scan needs a GPU of sm_90")
+    return is_there
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], None]:
@@ -310,6 +337,19 @@ def small() -> None:
     small_solve()
 
 
+def fused_small() -> None:
+    """The fused scan once, for compute-sanitizer; more stages than its ring has."""
+    if not is_hopper():
+        return
+    inputs = Inputs.draw(ScanCase("small", n_keys=5000, n_queries=9, key_dim=712, k=10), seed=0)
+    for precision in ("bf16", "bf16x2"):
+        rule = inputs.exclusion.to(torch.device(DEVICE))
+        operands = (inputs.keys.to(DEVICE), inputs.queries.to(DEVICE))
+        assert inputs.is_exact(scan_by("fused", *operands, 10, exclusion=rule, precision=precision).ids.cpu()), (
+            precision
+        )
+
+
 def timed(case: str, run: Callable[[], Any], *, work: int = 0) -> Any:
     """Run twice, report the second: seconds, or `work` per second; and the peak memory."""
     run()
@@ -392,12 +432,14 @@ def end_to_end(shape: dict[str, int] = SEVEN_B, *, layer: int = 5, n_tokens: int
 STAGES: dict[str, Callable[[], None]] = {
     "ceilings": ceilings,
     "whitened_topk": scan_kernels,
+    "fused_scan": fused_scan,
     "gated_adapter": gates,
     "accumulate_moment": moment_sums,
     "packed_scores": scores,
     "spd_solver": solves,
     "end_to_end": end_to_end,
     "small": small,
+    "fused_small": fused_small,
 }
 
 if __name__ == "__main__":
