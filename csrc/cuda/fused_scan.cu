@@ -25,8 +25,6 @@
 namespace rep_fast::cuda {
 namespace {
 
-// ‖k‖·margin at which a float32 sum may have overflowed: margins are more than 2⁻²⁴‖w‖, and 2¹⁰⁰·2²⁴ < 2¹²⁷
-constexpr float kLargestError = 0x1p100f;
 constexpr std::int32_t kMoreThanAnyList = std::numeric_limits<std::int32_t>::max();
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(REP_FAST_CUDA_ON_CPU)
 constexpr bool kHasProduct = true;

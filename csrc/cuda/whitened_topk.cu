@@ -104,7 +104,9 @@ class FloatScores {
 
     __device__ bool survives(std::int64_t key, double floor) const {
         const auto norm = static_cast<double>(key_norms_[key]);
-        return norm < kInfinity && !(static_cast<double>(scores_[key]) + norm * margin_ < floor);
+        const double error = norm * margin_;
+        const bool is_below = static_cast<double>(scores_[key]) + error < floor;
+        return norm < kInfinity && !(is_below && error < static_cast<double>(kLargestError));
     }
 
   private:

@@ -47,7 +47,10 @@ Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margi
                 const float norm = norms[static_cast<std::size_t>(row)];
                 const float error =
                     std::isfinite(norm) ? share * norm * margins[static_cast<std::size_t>(query)] : 0.0f;
-                approximate[static_cast<std::size_t>(query * rows + row)] = static_cast<float>(exact) + error;
+                // what overflowed on the way may end anywhere
+                const bool overflows = norm * margins[static_cast<std::size_t>(query)] >= 0x1p100f;
+                approximate[static_cast<std::size_t>(query * rows + row)] =
+                    overflows ? -std::numeric_limits<float>::infinity() : static_cast<float>(exact) + error;
             }
         }
         cuda::Selection selection;
@@ -141,6 +144,22 @@ void test_approximate_scores_may_be_nan_or_infinite() {
     expect_brute_force(input, found, false, std::vector<bool>(200, true));
 }
 
+// Terms beyond float32 cancel, and the score is the best of all.
+void test_a_product_that_overflowed_is_scored_exactly() {
+    Scan input(300, 1, 40, 4, 29);
+    for (std::size_t j = 0; j < 40; ++j) {
+        const float value = j < 2 ? 0x1p126f : j == 2 ? 0x1p98f : 0.0f;
+        input.keys[static_cast<std::size_t>(290 * input.stride) + j] = {
+            static_cast<std::uint16_t>(__builtin_bit_cast(std::uint32_t, value) >> 16)};
+    }
+    input.queries[0] = 8.0f;
+    input.queries[1] = -8.0f;
+    input.queries[2] = 4.0f;
+    const Found found = scan(input, 150, false, 0x1p-16f);
+    EXPECT(found.ids[0] == 1290);
+    expect_brute_force(input, found, false, std::vector<bool>(300, true));
+}
+
 // The tokens before row 0 belong to its sequence, oldest first, and none before them is looked at.
 void test_the_window_reaches_into_the_block_before() {
     for (const std::int64_t window : {0, 1, 2, 3, 40}) {
@@ -196,6 +215,7 @@ void test_whitened_topk() {
     test_hits_are_exact();
     test_rows_that_are_not_finite_are_left_out_and_counted();
     test_approximate_scores_may_be_nan_or_infinite();
+    test_a_product_that_overflowed_is_scored_exactly();
     test_the_window_reaches_into_the_block_before();
     test_a_query_without_margin_keeps_its_state();
     test_norms_are_upper_bounds();
