@@ -87,7 +87,7 @@ def measure(
     """
     exact, extra = {}, {}
     for provider in providers:
-        with _isa(provider.isa):
+        with under_isa(provider.isa):
             extra[provider.name], result = _extra_megabytes(provider.run)
         exact[provider.name] = is_exact(result)
     threads = torch.get_num_threads()
@@ -97,7 +97,7 @@ def measure(
         for dtype, found in ceilings.items():
             found.append(product_ceiling(dtype, threads=threads))
         for provider in providers:
-            with _isa(provider.isa):
+            with under_isa(provider.isa):
                 seconds[provider.name].append(_seconds(provider.run))
         if progress is not None:
             progress(done + 1, rounds)
@@ -137,7 +137,7 @@ def write_csv(path: Path, rows: Sequence[Row], about: Mapping[str, str]) -> None
 
 
 @contextmanager
-def _isa(cap: str) -> Iterator[None]:
+def under_isa(cap: str) -> Iterator[None]:
     """`REP_FAST_ISA` set for a moment; "" leaves it as it is."""
     before = os.environ.get("REP_FAST_ISA")
     if cap:

@@ -92,14 +92,14 @@ def test_a_high_water_mark_that_does_not_come_down_measures_nothing(monkeypatch)
 def test_each_provider_runs_at_its_level_and_the_setting_comes_back(monkeypatch):
     monkeypatch.setenv("REP_FAST_ISA", "avx2")
     seen = []
-    with interleaved._isa("portable"):
+    with interleaved.under_isa("portable"):
         seen.append(os.environ["REP_FAST_ISA"])
-    with interleaved._isa(""):
+    with interleaved.under_isa(""):
         seen.append(os.environ["REP_FAST_ISA"])
     assert seen == ["portable", "avx2"]
     assert os.environ["REP_FAST_ISA"] == "avx2"
     monkeypatch.delenv("REP_FAST_ISA")
-    with interleaved._isa("portable"):
+    with interleaved.under_isa("portable"):
         pass
     assert "REP_FAST_ISA" not in os.environ
 
