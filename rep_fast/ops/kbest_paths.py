@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -64,8 +65,9 @@ def _best_of_list(scores: Tensor, n: int, number: int) -> _Ranked:
     return list(zip(values[nodes].tolist(), nodes.tolist(), strict=True))
 
 
-def _gap(nodes: _Ranked) -> float:
-    return nodes[0][0] - nodes[1][0]
+def _gap(nodes: _Ranked) -> Fraction:
+    """Price of the second choice, exact: rounded, two prices could be one number and their order be lost."""
+    return Fraction(nodes[0][0]) - Fraction(nodes[1][0])
 
 
 def _walk(ranked: list[_Ranked], order: list[int], n: int) -> list[tuple[float, tuple[int, ...]]]:

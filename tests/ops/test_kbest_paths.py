@@ -34,6 +34,12 @@ def test_paths_are_those_of_brute_force_without_ties(seed: int, n_lists: int, n:
     assert kbest_paths(lists, n) == reference.kbest_paths(lists, n)
 
 
+def test_second_choices_whose_prices_round_to_one_number() -> None:
+    """1e16 − 1 and 1e16 − 0 are one float64, the scores 1 and 0 of the paths are not."""
+    lists = [torch.tensor(scores, dtype=torch.float64) for scores in ([1e16, 0.0], [1e16, 1.0], [-1e16])]
+    assert kbest_paths(lists, 4) == reference.kbest_paths(lists, 4)
+
+
 def test_paths_touch_few_nodes_and_come_in_order() -> None:
     generator = torch.Generator().manual_seed(0)
     n_layers, n = 32, 15
