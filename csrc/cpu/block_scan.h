@@ -156,16 +156,12 @@ class BlockScan {
                 }
                 if (usable[static_cast<std::size_t>(row)]) {
                     const float* const own = scores + row * n_queries;
-                    const float* const margins = packed.margins() + chunk;
                     const float norm = packed.key_norm(square);
-                    const std::int64_t n = kernels_.float32.select(own, margins, worker.hits.thresholds() + chunk, norm,
-                                                                   packed.underflow(), n_queries, worker.bounds.data(),
-                                                                   worker.survivors.data());
-                    collect(begin + row, chunk, n, worker, [&](std::int64_t query) {
-                        return static_cast<double>(own[query]) -
-                               static_cast<double>(norm) * static_cast<double>(margins[query]) -
-                               static_cast<double>(packed.underflow());
-                    });
+                    const std::int64_t n = kernels_.float32.select(
+                        own, packed.margins() + chunk, worker.hits.thresholds() + chunk, norm, packed.underflow(),
+                        n_queries, worker.bounds.data(), worker.survivors.data());
+                    collect(begin + row, chunk, n, worker,
+                            [&](std::int64_t query) { return packed.least_score(own[query], chunk + query, norm); });
                 }
             }
         }
@@ -254,19 +250,11 @@ class BlockScan {
                         kernels_.int8_products->select(sums, margins, worker.hits.thresholds() + chunk, n_queries,
                                                        worker.bounds.data(), worker.survivors.data());
                     collect(begin + row, chunk, n, worker,
-                            [&](std::int64_t query) { return lower_bound(margins, query, sums[query]); });
+                            [&](std::int64_t query) { return least_score(sums[query], query, margins); });
                 }
             }
         }
         finish_block(begin, n_rows, worker);
-    }
-
-    // As the upper bound of Int8Products::select.
-    static double lower_bound(const Int8Margins& margins, std::int64_t query, std::int32_t sum) {
-        const auto step = static_cast<double>(margins.key_step);
-        const double by_step = step * static_cast<double>(sum) - static_cast<double>(margins.key_norm);
-        return by_step * static_cast<double>(margins.query_steps[query]) -
-               step * static_cast<double>(margins.of_queries[query]) - static_cast<double>(margins.underflow);
     }
 
     void quantise(std::int64_t begin, std::int64_t n_rows, ScanWorker& worker) const {

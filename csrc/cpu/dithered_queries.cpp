@@ -62,6 +62,13 @@ double root(std::int64_t width) {
 
 }  // namespace
 
+double least_score(std::int32_t sum, std::int64_t query, const Int8Margins& margins) {
+    const auto step = static_cast<double>(margins.key_step);
+    const double by_step = step * static_cast<double>(sum) - static_cast<double>(margins.key_norm);
+    return by_step * static_cast<double>(margins.query_steps[query]) -
+           step * static_cast<double>(margins.of_queries[query]) - static_cast<double>(margins.underflow);
+}
+
 DitheredQueries::DitheredQueries(MatrixView<const float> queries, const Int8Products& products,
                                  std::span<const double> column_scales, const DitherOptions& options, int n_threads)
     : key_dim_(queries.cols),

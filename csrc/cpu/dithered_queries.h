@@ -19,6 +19,9 @@ namespace rep_fast {
 // Σ q_K q_W, and every partial sum with 128 added to q_K, fits an int32 up to this width.
 inline constexpr std::int64_t kLargestInt8Width = 65536;
 
+// What the true score of a query is not below, or NaN; Int8Products::select has the other bound.
+double least_score(std::int32_t sum, std::int64_t query, const Int8Margins& margins);
+
 class DitheredQueries {
   public:
     // column_scales: size key_dim.

@@ -97,6 +97,12 @@ float PackedQueries::key_norm(double square) const {
     return norm * largest_norm_ < 1e38 ? round_up(norm) : std::numeric_limits<float>::infinity();
 }
 
+double PackedQueries::least_score(float score, std::int64_t query, float key_norm) const {
+    return static_cast<double>(score) -
+           static_cast<double>(key_norm) * static_cast<double>(margins_[static_cast<std::size_t>(query)]) -
+           static_cast<double>(underflow_);
+}
+
 // packed_norms: ‖w‖ as multiplied, both halves added up; rest_square: Σ (w − ŵ)².
 void PackedQueries::set_margin(std::int64_t query, double square, double packed_norms, double rest_square) {
     const auto index = static_cast<std::size_t>(query);

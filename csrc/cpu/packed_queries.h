@@ -51,6 +51,9 @@ class PackedQueries {
     // The key's share of the margin, from Σ k². Infinite (everything survives) where a float32 partial sum might
     // overflow.
     float key_norm(double square) const;
+    // What the true score is not below, or NaN, from the pass's and the key's share; Float32Products::select has the
+    // other bound.
+    double least_score(float score, std::int64_t query, float key_norm) const;
 
   private:
     std::int64_t pairs_stride() const { return kPanelQueries * ((queries_.cols + 1) / 2); }

@@ -229,6 +229,8 @@ double largest_share_of_margin(const Data& data, const Int8Products& products, c
                                                data.queries.data() + static_cast<std::int64_t>(query) * dim, dim));
             // the margin holds the roundings of this sum too
             EXPECT(std::abs(static_cast<double>(bounds[query]) - score - margin) <= 1e-2 * margin + 0x1p-125);
+            const double least = least_score(sums[query], static_cast<std::int64_t>(query), margins);
+            EXPECT(std::abs(score - margin - least) <= 1e-2 * margin + 0x1p-125);
         }
     }
     return largest_share;

@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "core/error.h"
+#include "cpu/block_scan.h"
 #include "cpu/packed_queries.h"
 #include "cpu/pass_choice.h"
 #include "cpu/whitened_topk.h"
@@ -121,6 +122,38 @@ void test_halves_that_overflow(CpuLevel level) {
     }
 }
 
+// Keys whose large entries cancel come first, and every float32 or int8 sum takes some of them for better than the
+// small keys behind them, which are the best: what a pair is expected to score must be its own lower bound.
+void test_pairs_that_seem_better(CpuLevel level) {
+    constexpr std::int64_t kLarge = 40, kSmall = 3, kDim = 5;
+    std::vector<BFloat16> keys;
+    for (std::int64_t i = 0; i < kLarge; ++i) {  // 1 − 2⁻⁸, but float32 rounds c + 1 − 2⁻⁸ to c + 1
+        const float c = 0x1p16f + static_cast<float>(i) * 0x1p9f;
+        for (const float entry : {c, 1.0f - 0x1p-8f, -c, 0.0f, 0x1p18f}) {
+            keys.push_back(truncated(entry));
+        }
+    }
+    for (std::int64_t i = 0; i < kSmall; ++i) {  // 1 − 2⁻⁹
+        for (const float entry : {0.0f, 1.0f, 0.0f, -0x1p-9f, 0.0f}) {
+            keys.push_back(truncated(entry));
+        }
+    }
+    // a chunk of queries without any margin, then one that has; its zero meets the entry that sets the steps of int8
+    std::vector<float> queries(kChunkQueries * kDim);
+    queries.insert(queries.end(), {1.0f, 1.0f, 1.0f, 1.0f, 0.0f});
+    const MatrixView<const BFloat16> view{keys.data(), kLarge + kSmall, kDim, kDim};
+    ScanInput input{.keys = view, .queries = {queries.data(), kChunkQueries + 1, kDim, kDim}};
+    for (const auto pass : passes<BFloat16>(level)) {
+        input.pass = pass;
+        for (std::uint64_t seed = 0; seed < 8; ++seed) {
+            input.dither.seed = seed;
+            State state(input.queries.rows, kSmall);
+            whitened_topk(input, state.view, level, 1);
+            expect_is_top(state, view, input.queries);
+        }
+    }
+}
+
 // The fast scores of up to kTileKeys keys by up to kPanelQueries queries, as the scan makes them.
 std::vector<float> fast_scores(const PackedQueries& packed, MatrixView<const BFloat16> keys,
                                const WhitenedTopkKernels& kernels) {
@@ -143,7 +176,7 @@ std::vector<float> fast_scores(const PackedQueries& packed, MatrixView<const BFl
     return scores;
 }
 
-// No pair may be ruled out by a threshold that its true score reaches.
+// No pair may be ruled out by a threshold that its true score reaches, nor be taken for better than it is.
 void expect_margins_hold(const std::vector<BFloat16>& keys, const std::vector<float>& queries, std::int64_t key_dim,
                          CpuLevel level) {
     const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), level).kernels;
@@ -157,6 +190,7 @@ void expect_margins_hold(const std::vector<BFloat16>& keys, const std::vector<fl
         const std::vector<float> scores = fast_scores(packed, key_view, kernels);
         for (std::int64_t row = 0; row < key_view.rows; ++row) {
             std::vector<float> thresholds(kPanelQueries, std::numeric_limits<float>::infinity());
+            long double exact_scores[kPanelQueries];
             double square = 0.0;
             for (std::int64_t query = 0; query < query_view.rows; ++query) {
                 long double exact = 0.0L;
@@ -165,6 +199,7 @@ void expect_margins_hold(const std::vector<BFloat16>& keys, const std::vector<fl
                              static_cast<long double>(query_view.row(query)[j]);
                 }
                 thresholds[static_cast<std::size_t>(query)] = round_down(static_cast<double>(exact));
+                exact_scores[query] = exact;
             }
             for (std::int64_t j = 0; j < key_dim; ++j) {
                 const auto key = static_cast<double>(to_float(key_view.row(row)[j]));
@@ -177,6 +212,9 @@ void expect_margins_hold(const std::vector<BFloat16>& keys, const std::vector<fl
                                        packed.key_norm(square), packed.underflow(), kPanelQueries, bounds, survivors);
             for (std::int32_t query = 0; query < query_view.rows; ++query) {
                 EXPECT(std::find(survivors, survivors + n_survivors, query) != survivors + n_survivors);
+                const float score = scores[static_cast<std::size_t>(row * kPanelQueries + query)];
+                const double least = packed.least_score(score, query, packed.key_norm(square));
+                EXPECT(std::isnan(least) || static_cast<long double>(least) <= exact_scores[query]);
             }
         }
     }
@@ -310,6 +348,7 @@ void test_whitened_topk(CpuLevel level) {
     test_shape<float>(100, 520, 12, 5, level);  // more than one chunk of queries
     test_shape<BFloat16>(100, 529, 12, 5, level);
     test_hostile_numbers(level);
+    test_pairs_that_seem_better(level);
     test_halves_that_overflow(level);
     test_margins(level);
     test_survivors_are_few(level);
