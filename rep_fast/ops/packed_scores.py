@@ -162,18 +162,26 @@ def _column_zabs(x: Tensor, g: Tensor) -> Tensor:
     G_ij − μ_i = Σ_t x_ti (g_tj − mean_j g_tj): centring g first leaves a plain product, and σ_i has no cancelling
     terms, unlike Σ G² − Mμ².
     """
-    upstream = g.double()
+    upstream, wide = _of_size_one(g), _of_size_one(x)
     centred = upstream - upstream.mean(1, keepdim=True)  # [T, D_out]
     degrees = max(g.shape[1] - 1, 1)
-    wide = x.double()
     variance = ((centred @ centred.T) @ wide).mul_(wide).sum(0) / degrees  # [D_in]
     # what float64 rounding alone can leave in `variance` when row i of G is constant
     largest = (centred.norm(dim=1) @ wide.abs()).square() / degrees
     floor = 8 * (g.shape[1] + x.shape[0]) * _EPS64 * largest
     inverse_sigma = torch.where(variance > floor, variance, 1.0).rsqrt() * (variance > floor)
     dtype = torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
-    scaled = wide.mul_(inverse_sigma) if wide is not x else wide * inverse_sigma  # [T, D_in]
+    scaled = wide.mul_(inverse_sigma)  # [T, D_in]
     return torch.ops.rep_fast.abs_product_sum(scaled.to(dtype), centred.to(dtype)) / x.shape[1]
+
+
+def _of_size_one(matrix: Tensor) -> Tensor:
+    """The matrix in float64 over a power of two near its largest entry: 1/σ of tiny gradients is beyond float32."""
+    if matrix.numel() == 0:
+        return matrix.double()
+    smallest, largest = matrix.aminmax()
+    size = torch.maximum(-smallest, largest).double()
+    return matrix.double() * torch.where(size > 0, torch.exp2(-torch.log2(size).round().clamp_min(-1000.0)), 1.0)
 
 
 def _check_product(a: Tensor, b: Tensor) -> Tensor:

@@ -169,6 +169,17 @@ def test_zabs_is_free_of_scale(seed: int, scale: float) -> None:
     torch.testing.assert_close(plain.columns, scaled.columns, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("scale", [1e-41, 1e37])
+def test_zabs_of_float32_is_free_of_scale(level: str, scale: float) -> None:
+    """Down to subnormal gradients, whose 1/σ is beyond float32."""
+    x, g = random_pair(3, 8, 10, dtype=torch.float32)
+    g = g * scale
+    found = packed_scores(x, g, score="zabs")
+    columns, rows = reference.packed_scores(x, g.double() / scale, score="zabs")
+    assert bool(((found.columns - columns).abs() <= zabs_bound(x, g.double() / scale)).all())
+    assert bool(((found.rows - rows).abs() <= zabs_bound(g.double() / scale, x)).all())
+
+
 def test_opcheck() -> None:
     x, g = random_pair(3, 5, 7, dtype=torch.float32)
     torch.library.opcheck(torch.ops.rep_fast.abs_product_sum.default, (x, g))
