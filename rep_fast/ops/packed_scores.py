@@ -163,12 +163,16 @@ def _column_zabs(x: Tensor, g: Tensor) -> Tensor:
     terms, unlike Σ G² − Mμ².
     """
     upstream, wide = _of_size_one(g), _of_size_one(x)
-    centred = upstream - upstream.mean(1, keepdim=True)  # [T, D_out]
+    means = upstream.mean(1, keepdim=True)
+    centred = upstream - means  # [T, D_out]
     degrees = max(g.shape[1] - 1, 1)
     variance = ((centred @ centred.T) @ wide).mul_(wide).sum(0) / degrees  # [D_in]
     # what float64 rounding alone can leave in `variance` when row i of G is constant
     largest = (centred.norm(dim=1) @ wide.abs()).square() / degrees
     floor = 8 * (g.shape[1] + x.shape[0]) * _EPS64 * largest
+    # and in `centred`, whose means are rounded
+    drift = g.shape[1] * _EPS64 * (means.abs().squeeze(1) @ wide.abs())
+    floor += 2 * drift.square()
     inverse_sigma = torch.where(variance > floor, variance, 1.0).rsqrt() * (variance > floor)
     dtype = torch.float64 if torch.float64 in (x.dtype, g.dtype) else torch.float32
     scaled = wide.mul_(inverse_sigma)  # [T, D_in]
