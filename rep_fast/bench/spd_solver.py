@@ -93,6 +93,8 @@ def providers(inputs: Inputs) -> list[Provider]:
             narrow = partial(_factor_and_solve, inputs, "fp32")
             ours.append(Provider(f"rep_fast {name} refined", "fp32", narrow, True, name))
     if ours:
+        if inputs.case.is_cached:
+            _ = inputs.solver, inputs.narrow_solver  # made now: the memory of the first run is not the factor's
         solve = _solved(inputs) if inputs.case.is_cached else partial(_factor_and_solve, inputs, "auto")
         ours.append(Provider("rep_fast auto", "fp32", solve, True))
     return [*ours, *(_cached_peers(inputs) if inputs.case.is_cached else _peers(inputs))]

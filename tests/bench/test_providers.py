@@ -31,6 +31,14 @@ def test_ours_are_exact_and_float32_peers_compute_the_same(op: str) -> None:
         assert all(row.ratio_to_best_peer is not None for row in rows)
 
 
+def test_cached_factors_are_there_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = OPS["spd_solver"].Inputs.draw(TINY["spd_solver"][1], seed=3)
+    providers = OPS["spd_solver"].providers(inputs)
+    monkeypatch.setattr("rep_fast.bench.spd_solver.SpdSolver.factor", None)
+    for provider in providers:
+        provider.run()
+
+
 def test_rough_solutions_are_near() -> None:
     for case in TINY["spd_solver"]:
         inputs = OPS["spd_solver"].Inputs.draw(case, seed=1)
