@@ -98,7 +98,7 @@ class SpdSolver:
             HparamError: wrong shape, dtype, option or asymmetry.
             NonFiniteError: a NaN or infinity in C.
             SingularMomentError: C (with the ridge) is singular or indefinite.
-        Cost: M³/3 multiply-adds; memory one factor beside C.
+        Cost: M³/6 multiply-adds; memory one factor beside C.
         """
         if precision not in PRECISIONS:
             raise HparamError(f"SpdSolver: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
