@@ -95,7 +95,7 @@ class PiecesAhead {
           left_{std::min(kSquare, panels.n_panels - square.row) * piece_,
                 square.row == square.col ? 0 : kSquare * piece_} {}
 
-    // A quarter of a piece: the kSquare² products of a block fetch all 2 · kSquare pieces.
+    // A quarter of a piece: the kSquare² products of a whole square fetch its 2 · kSquare pieces.
     void fetch() {
         constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(Element));
         const int side = left_[0] > 0 ? 0 : 1;

@@ -1,5 +1,6 @@
 #include "cpu/gated_adapter_step.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 

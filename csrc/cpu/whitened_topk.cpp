@@ -57,6 +57,10 @@ ScanReport merge_reports(const std::vector<ScanWorker>& workers) {
     return total;
 }
 
+bool is_same(const MatrixView<const float>& a, const MatrixView<const float>& b) {
+    return a.data == b.data && a.rows == b.rows && a.cols == b.cols && a.row_stride == b.row_stride;
+}
+
 void check_sizes(const ScanInput& input, const ScanState& state, std::int64_t n_keys, std::int64_t key_dim) {
     const std::int64_t n_queries = input.queries.rows;
     REP_FAST_CHECK(key_dim == input.queries.cols && key_dim >= 1,
@@ -110,7 +114,7 @@ ScanReport whitened_topk(const ScanInput& input, const ScanState& state, CpuLeve
     check_sizes(input, state, n_keys, key_dim);
     const GradualUnderflow exact_subnormals;  // margins and starting thresholds are computed here, outside the queue
     const WhitenedTopkKernels& kernels = at_level(whitened_topk_table(), level).kernels;
-    REP_FAST_CHECK(kept == nullptr || kept->queries().data == input.queries.data, "the packings are of other queries");
+    REP_FAST_CHECK(kept == nullptr || is_same(kept->queries(), input.queries), "the packings are of other queries");
     QueryPackings own(input.queries);
     QueryPackings& packings = kept != nullptr ? *kept : own;
     const PassChoice choice = choose_pass(input, state, kernels);

@@ -41,7 +41,7 @@ class Inputs:
         return cls(case, _symmetric(moment), right)
 
     @cached_property
-    def narrow_solver(self) -> SpdSolver:
+    def float32_solver(self) -> SpdSolver:
         """The float32 factor of cached cases."""
         return SpdSolver.factor(self.moment, precision="fp32")
 
@@ -49,7 +49,7 @@ class Inputs:
     def solver(self) -> SpdSolver:
         """The factor that "auto" takes."""
         solver = SpdSolver.factor(self.moment)
-        return self.narrow_solver if solver.report.precision == "fp32" else solver
+        return self.float32_solver if solver.report.precision == "fp32" else solver
 
     def is_exact(self, x: Tensor) -> bool:
         """Whether ‖Cx − b‖ ≤ 1e-13 · (‖C‖‖x‖ + ‖b‖) in every column, all in float64."""
@@ -90,22 +90,22 @@ def providers(inputs: Inputs) -> list[Provider]:
             ours.append(Provider(f"rep_fast {name} factor alone", "fp32", _roughly(inputs), True, name))
             ours.append(Provider(f"rep_fast {name} refined", "fp32", _refined(inputs), True, name))
         else:
-            narrow = partial(_factor_and_solve, inputs, "fp32")
-            ours.append(Provider(f"rep_fast {name} refined", "fp32", narrow, True, name))
+            refined = partial(_factor_and_solve, inputs, "fp32")
+            ours.append(Provider(f"rep_fast {name} refined", "fp32", refined, True, name))
     if ours:
         if inputs.case.is_cached:
-            _ = inputs.solver, inputs.narrow_solver  # made now: the memory of the first run is not the factor's
+            _ = inputs.solver, inputs.float32_solver  # made now: the memory of the first run is not the factor's
         solve = _solved(inputs) if inputs.case.is_cached else partial(_factor_and_solve, inputs, "auto")
         ours.append(Provider("rep_fast auto", "fp32", solve, True))
     return [*ours, *(_cached_peers(inputs) if inputs.case.is_cached else _peers(inputs))]
 
 
 def _roughly(inputs: Inputs) -> Callable[[], Tensor]:
-    return lambda: inputs.narrow_solver.solve_roughly(inputs.right)
+    return lambda: inputs.float32_solver.solve_roughly(inputs.right)
 
 
 def _refined(inputs: Inputs) -> Callable[[], Tensor]:
-    return lambda: inputs.narrow_solver.solve(inputs.right, backward_error=_BACKWARD_ERROR)
+    return lambda: inputs.float32_solver.solve(inputs.right, backward_error=_BACKWARD_ERROR)
 
 
 def _solved(inputs: Inputs) -> Callable[[], Tensor]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,15 +26,23 @@ _ROTATED = 64  # coordinates that are mixed with each other
 _CHUNK = 2048  # keys a peer multiplies at once: its scores stay in the cache
 
 
+class Unmasked(NamedTuple):
+    """ids [S, k] of a peer, which excludes nothing."""
+
+    ids: Tensor
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """keys [N, M] bfloat16, queries [S, M] float32, the exclusion rule, and the exact answer ids [S, k]."""
+    """keys [N, M] bfloat16, queries [S, M] float32, the exclusion rule; the exact ids [S, k] under it (answer) and
+    without it (unmasked)."""
 
     case: ScanCase
     keys: Tensor
     queries: Tensor
     exclusion: LastTokenExclusion
     answer: Tensor
+    unmasked: Tensor
 
     @classmethod
     def draw(cls, case: ScanCase, *, seed: int) -> Inputs:
@@ -50,12 +58,16 @@ class Inputs:
             torch.arange(0, case.n_keys, _SEQUENCE),
             torch.randint(_VOCABULARY, (case.n_queries,), generator=generator),
         )
-        answer = whitened_topk(keys, queries, case.k, exclusion=exclusion, precision="fp64").ids
-        return cls(case, keys, queries, exclusion, answer)
+        answers = [
+            whitened_topk(keys, queries, case.k, exclusion=rule, precision="fp64").ids for rule in (exclusion, None)
+        ]
+        return cls(case, keys, queries, exclusion, *answers)
 
-    def is_exact(self, ids: Tensor) -> bool:
+    def is_exact(self, found: Tensor | Unmasked) -> bool:
         """Whether the ids are those of the float64 scan, in order."""
-        return torch.equal(ids, self.answer)
+        if isinstance(found, Unmasked):
+            return torch.equal(found.ids, self.unmasked)
+        return torch.equal(found, self.answer)
 
 
 def _conditioned(keys: Tensor, queries: Tensor, kappa: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -124,7 +136,7 @@ def _peers(inputs: Inputs) -> list[Provider]:
     return found
 
 
-def _torch_scan(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+def _torch_scan(inputs: Inputs, dtype: torch.dtype) -> Unmasked:
     """Block by block, keeping the best k of each block with those before."""
     queries, k = inputs.queries.to(dtype).T.contiguous(), inputs.case.k
     best = torch.full((k, inputs.case.n_queries), -torch.inf)
@@ -135,10 +147,10 @@ def _torch_scan(inputs: Inputs, dtype: torch.dtype) -> Tensor:
         both = torch.cat([best, top.values.float()]).topk(k, dim=0)
         ids = torch.cat([ids, top.indices + begin]).gather(0, both.indices)
         best = both.values
-    return ids.T.contiguous()
+    return Unmasked(ids.T.contiguous())
 
 
-def _numpy_scan(inputs: Inputs) -> Tensor:
+def _numpy_scan(inputs: Inputs) -> Unmasked:
     queries, k = inputs.queries.numpy(), inputs.case.k
     best = np.full((inputs.case.n_queries, k), -np.inf, dtype=np.float32)
     ids = np.full((inputs.case.n_queries, k), -1)
@@ -149,7 +161,8 @@ def _numpy_scan(inputs: Inputs) -> Tensor:
         best = np.take_along_axis(together, chosen, axis=1)
         here = np.concatenate([ids, np.broadcast_to(np.arange(begin, begin + scores.shape[1]), scores.shape)], axis=1)
         ids = np.take_along_axis(here, chosen, axis=1)
-    return torch.from_numpy(np.take_along_axis(ids, np.argsort(-best, axis=1, kind="stable"), axis=1))
+    order = np.argsort(-best, axis=1, kind="stable")
+    return Unmasked(torch.from_numpy(np.take_along_axis(ids, order, axis=1)))
 
 
 def _faiss_scan(inputs: Inputs) -> Callable[[], Any]:
@@ -166,11 +179,11 @@ def _faiss_scan(inputs: Inputs) -> Callable[[], Any]:
     if given is None:
         os.environ.pop("OPENBLAS_CORETYPE", None)
 
-    def run() -> Tensor:
+    def run() -> Unmasked:
         faiss.omp_set_num_threads(torch.get_num_threads())
         index = faiss.IndexFlatIP(inputs.case.key_dim)
         index.add(inputs.keys.float().numpy())
-        return torch.from_numpy(index.search(inputs.queries.numpy(), inputs.case.k)[1])
+        return Unmasked(torch.from_numpy(index.search(inputs.queries.numpy(), inputs.case.k)[1]))
 
     return run
 
@@ -179,7 +192,7 @@ def _usearch_scan(inputs: Inputs) -> Callable[[], Any]:
     """Brute force over float32, converting the keys as above."""
     from usearch.index import MetricKind, search
 
-    def run() -> Tensor:
+    def run() -> Unmasked:
         found = search(
             inputs.keys.float().numpy(),
             inputs.queries.numpy(),
@@ -188,6 +201,6 @@ def _usearch_scan(inputs: Inputs) -> Callable[[], Any]:
             exact=True,
             threads=torch.get_num_threads(),
         )
-        return torch.from_numpy(found.keys.astype(np.int64))
+        return Unmasked(torch.from_numpy(found.keys.astype(np.int64)))
 
     return run

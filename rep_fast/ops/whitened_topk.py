@@ -62,7 +62,7 @@ def whitened_topk(
             are packed once. On the keys' device, or on a GPU with keys on the host, which are then copied to it chunk
             by chunk while others are worked on.
         k: hits per query, k >= 1.
-        exclusion: pairs that must not be hits; looked at only for pairs that would be.
+        exclusion: pairs that must not be hits; looked at only for pairs whose error bound lets them through.
         state: the result for the blocks before; not changed.
         first_id: id of row 0 of this block, >= 0; ids of blocks must not overlap.
         precision: the pass that rules pairs out; the hits are the same, at another cost. "fp64" scores every pair in

@@ -24,7 +24,7 @@ from rep_fast.reference import spd_solver as reference
 from rep_fast.tensor_files import save_tensors
 
 # float32 factors, whatever "auto" would take for moments as small as these
-factor_narrow = partial(SpdSolver.factor, precision="fp32")
+factor_float32 = partial(SpdSolver.factor, precision="fp32")
 
 
 def moment_of_condition(M: int, condition: float, *, seed: int = 0) -> Tensor:
@@ -80,7 +80,7 @@ def test_solving_undoes_the_product(seed: int, M: int, log_condition: float, sca
     C = moment_of_condition(M, 10.0**log_condition, seed=seed) * scale
     x = random_columns(M, 2, seed=seed)
     b = C @ x
-    found = factor_narrow(C).solve(b)
+    found = factor_float32(C).solve(b)
     # relative forward error <= condition times (residual + rounding of C x)
     assert float((found - x).norm() / x.norm()) <= 10.0**log_condition * (2e-10 + 1e-14) * 2
 
@@ -96,7 +96,7 @@ def test_identities_hold_at_1e_9_on_float64_factors(precision: str) -> None:
 
 def test_conjugate_gradients_take_over_where_refinement_stalls() -> None:
     C = moment_of_condition(300, 3e7)
-    solver = factor_narrow(C, tolerance=3e-9)
+    solver = factor_float32(C, tolerance=3e-9)
     b = random_columns(300, 5)
     x = solver.solve(b)
     assert (solver.report.precision, solver.report.method) == ("fp32", "conjugate gradients")
@@ -108,7 +108,7 @@ def test_conjugate_gradients_take_over_where_refinement_stalls() -> None:
 def test_backward_error_of_float64(level: str, condition: float) -> None:
     """‖Cx − b‖ ≤ 1e-13·(‖C‖‖x‖ + ‖b‖) with C and its factor in float32, in fewer steps than the residual takes."""
     C = moment_of_condition(300, condition).float()
-    solver = factor_narrow(C)
+    solver = factor_float32(C)
     b = 1e-30 * random_columns(300, 4)
     x = solver.solve(b, backward_error=1e-13)
     steps = solver.report.iterations
@@ -122,7 +122,7 @@ def test_backward_error_of_float64(level: str, condition: float) -> None:
 
 
 def test_a_backward_error_that_is_not_reached_is_refused() -> None:
-    solver = factor_narrow(moment_of_condition(50, 1e4))
+    solver = factor_float32(moment_of_condition(50, 1e4))
     with pytest.raises(SolverError, match=r"above the backward error 1\.0e-20 .* accept a larger backward_error="):
         solver.solve(random_columns(50, 1), backward_error=1e-20)
     with pytest.raises(HparamError, match=r"backward_error must be positive, got 0\.0"):
@@ -139,7 +139,7 @@ def test_the_forward_error_asked_for_is_kept(level: str, condition: float, wante
     b = random_columns(300, 5)
     if is_smooth:  # x has little of the directions where a float32 factor errs
         b = torch.linalg.matrix_power(C.double(), 3) @ b
-    solver = factor_narrow(C)
+    solver = factor_float32(C)
     x = solver.solve(b, forward_error=wanted)
     # rounding of the float64 residual: condition · 2⁻⁵³ per entry, in both answers
     want, rounding = reference.solve(C, b), 4 * condition * 300**0.5 * 2.0**-53
@@ -165,7 +165,7 @@ def test_the_forward_error_takes_no_step_too_many() -> None:
 
 def test_where_refinement_is_slow_the_tolerance_decides() -> None:
     C = moment_of_condition(300, 3e7)
-    solver = factor_narrow(C, tolerance=3e-9)
+    solver = factor_float32(C, tolerance=3e-9)
     b = random_columns(300, 2)
     x = solver.solve(b, forward_error=1e-10)
     assert solver.report.method == "conjugate gradients"
@@ -174,7 +174,7 @@ def test_where_refinement_is_slow_the_tolerance_decides() -> None:
 
 
 def test_errors_of_the_forward_error() -> None:
-    solver = factor_narrow(torch.eye(3))
+    solver = factor_float32(torch.eye(3))
     with pytest.raises(HparamError, match=r"forward_error must be positive, got 0\.0"):
         solver.solve(torch.ones(3, 1), forward_error=0.0)
     with pytest.raises(HparamError, match="exclude each other; give one of them"):
@@ -187,7 +187,7 @@ def test_errors_of_the_forward_error() -> None:
 @pytest.mark.parametrize("size", [1e-24, 1.0, 1e24])
 def test_the_norm_of_a_moment_of_any_size(size: float) -> None:
     C = size * moment_of_condition(40, 10)
-    solver = factor_narrow(C.float())
+    solver = factor_float32(C.float())
     b = random_columns(40, 2)
     x = solver.solve(b, backward_error=1e-13)
     allowed = 1.01e-13 * (C.norm() * x.norm(dim=0) + b.norm(dim=0))
@@ -197,15 +197,15 @@ def test_the_norm_of_a_moment_of_any_size(size: float) -> None:
 def test_the_factor_alone_gives_float32_accuracy(level: str) -> None:
     C = moment_of_condition(200, 100)
     b = random_columns(200, 3)
-    found = factor_narrow(C).solve_roughly(b)
+    found = factor_float32(C).solve_roughly(b)
     want = reference.solve(C, b)
     assert float((found - want).norm() / want.norm()) <= 100 * 200 * 2.0**-24
     with pytest.raises(NonFiniteError, match="row 0"):
-        factor_narrow(C).solve_roughly(b * float("inf"))
+        factor_float32(C).solve_roughly(b * float("inf"))
 
 
 def test_a_residual_above_the_tolerance_is_never_returned() -> None:
-    solver = factor_narrow(moment_of_condition(100, 1e9), tolerance=1e-14)
+    solver = factor_float32(moment_of_condition(100, 1e9), tolerance=1e-14)
     with pytest.raises(SolverError, match=r"above the tolerance 1\.0e-14 .* --tokens N .* in Python add ridge="):
         solver.solve(random_columns(100, 1))
     assert solver.report.residual > 1e-14
@@ -213,7 +213,7 @@ def test_a_residual_above_the_tolerance_is_never_returned() -> None:
 
 def test_float32_factor_that_fails_is_widened() -> None:
     C = moment_of_condition(80, 1e10)
-    solver = factor_narrow(C, tolerance=1e-5)
+    solver = factor_float32(C, tolerance=1e-5)
     assert solver.report.precision == "fp64"
     assert "float32 failed at pivot" in solver.report.note
     b = random_columns(80, 2)
@@ -226,7 +226,7 @@ def test_keys_of_very_different_sizes() -> None:
     C = moment_of_condition(40, 10) * sizes * sizes.unsqueeze(1)
     C = (C + C.T) / 2
     b = C @ random_columns(40, 2)
-    solver = factor_narrow(C)
+    solver = factor_float32(C)
     assert residual(C, solver.solve(b), b) <= 1e-10
     assert solver.report.precision == "fp32"
 
@@ -246,28 +246,28 @@ def test_rank_deficient_moments_are_refused(n_tokens: int, precision: str) -> No
 
 def test_fewer_tokens_than_the_width_are_refused_even_when_rounding_hides_it() -> None:
     with pytest.raises(SingularMomentError, match="from 5 tokens"):
-        factor_narrow(torch.eye(6), token_count=5)
+        factor_float32(torch.eye(6), token_count=5)
 
 
 def test_duplicate_directions_zero_columns_and_indefinite_matrices_are_refused() -> None:
     keys = random_columns(200, 9)
     keys[:, 7] = keys[:, 2]
     with pytest.raises(SingularMomentError, match="pivot 7"):
-        factor_narrow(keys.T @ keys)
+        factor_float32(keys.T @ keys)
     keys[:, 7] = 0
     with pytest.raises(SingularMomentError, match="pivot 7"):
-        factor_narrow(keys.T @ keys)
+        factor_float32(keys.T @ keys)
     indefinite = torch.eye(4)
     indefinite[1, 0] = indefinite[0, 1] = 2.0
     with pytest.raises(SingularMomentError, match="pivot 1"):
-        factor_narrow(indefinite)
+        factor_float32(indefinite)
     with pytest.raises(SingularMomentError, match="check how C was made"):
-        factor_narrow(indefinite, ridge="auto")
+        factor_float32(indefinite, ridge="auto")
 
 
 def test_ridge_is_relative_to_the_mean_diagonal() -> None:
     C = moment_of_condition(30, 1e3)
-    solver = factor_narrow(C, ridge=0.01)
+    solver = factor_float32(C, ridge=0.01)
     shifted = C + 0.01 * C.trace() / 30 * torch.eye(30, dtype=torch.float64)
     b = random_columns(30, 2)
     assert residual(shifted, solver.solve(b), b) <= 2e-10
@@ -275,21 +275,21 @@ def test_ridge_is_relative_to_the_mean_diagonal() -> None:
 
 
 def test_auto_ridge_is_the_smallest_that_factors() -> None:
-    assert factor_narrow(moment_of_condition(20, 100), ridge="auto").ridge == 0.0
+    assert factor_float32(moment_of_condition(20, 100), ridge="auto").ridge == 0.0
     keys = random_columns(10, 24)
     C = keys.T @ keys
-    solver = factor_narrow(C, ridge="auto", token_count=10)
+    solver = factor_float32(C, ridge="auto", token_count=10)
     assert solver.ridge == 1e-8
     noisy = C + 1e-5 * C.trace() / 24 * torch.diag(torch.tensor([-1.0] + [0.0] * 23, dtype=torch.float64))
-    solver = factor_narrow(noisy, ridge="auto")
+    solver = factor_float32(noisy, ridge="auto")
     assert solver.ridge in (1e-5, 1e-4)
     with pytest.raises(SingularMomentError):
-        factor_narrow(noisy, ridge=solver.ridge / 10)
+        factor_float32(noisy, ridge=solver.ridge / 10)
 
 
 def test_float32_moments_are_kept_in_float32_and_not_copied() -> None:
     C = moment_of_condition(16, 10).float()
-    assert factor_narrow(C).second_moment.data_ptr() == C.data_ptr()
+    assert factor_float32(C).second_moment.data_ptr() == C.data_ptr()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
@@ -308,7 +308,7 @@ def test_what_is_kept_is_the_cholesky_factor(dtype: torch.dtype, precision: str)
 def test_the_moment_is_left_as_it_was() -> None:
     C = moment_of_condition(16, 10)
     before = C.clone()
-    factor_narrow(C, ridge=0.5).solve(random_columns(16, 1))
+    factor_float32(C, ridge=0.5).solve(random_columns(16, 1))
     assert torch.equal(C, before)
 
 
@@ -316,7 +316,7 @@ def test_rounding_of_a_product_is_not_an_asymmetry() -> None:
     C = moment_of_condition(30, 10)
     noise = 1e-12 * random_columns(30, 30)
     b = random_columns(30, 1)
-    found = factor_narrow(C + noise).solve(b)
+    found = factor_float32(C + noise).solve(b)
     assert residual((C + noise + (C + noise).T) / 2, found, b) <= 1e-10
 
 
@@ -325,11 +325,11 @@ def test_one_entry_that_breaks_symmetry_is_found(entry: tuple[int, int]) -> None
     C = torch.eye(600)
     C[entry] = 1e-3
     with pytest.raises(HparamError, match="not symmetric"):
-        factor_narrow(C)
+        factor_float32(C)
 
 
 def test_zero_and_missing_columns() -> None:
-    solver = factor_narrow(moment_of_condition(12, 100))
+    solver = factor_float32(moment_of_condition(12, 100))
     b = random_columns(12, 3)
     b[:, 1] = 0
     x = solver.solve(b)
@@ -339,7 +339,7 @@ def test_zero_and_missing_columns() -> None:
 
 
 def test_saved_solver_gives_the_same_bits(tmp_path: Path) -> None:
-    solver = factor_narrow(moment_of_condition(33, 1e5).float(), ridge=1e-6)
+    solver = factor_float32(moment_of_condition(33, 1e5).float(), ridge=1e-6)
     solver.save(tmp_path / "solver.safetensors")
     again = SpdSolver.load(tmp_path / "solver.safetensors")
     b = random_columns(33, 2)
@@ -351,7 +351,7 @@ def test_saved_solver_gives_the_same_bits(tmp_path: Path) -> None:
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "solver.safetensors"
-    factor_narrow(moment_of_condition(8, 10)).save(path)
+    factor_float32(moment_of_condition(8, 10)).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
     with pytest.raises(CorruptFileError, match="is damaged or no spd_solver file"):
@@ -372,7 +372,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_unwritable_place_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="choose another place"):
-        factor_narrow(torch.eye(2)).save(tmp_path / "file" / "solver.safetensors")
+        factor_float32(torch.eye(2)).save(tmp_path / "file" / "solver.safetensors")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
@@ -392,7 +392,7 @@ def test_unwritable_place_is_named(tmp_path: Path) -> None:
 )
 def test_errors_of_factor(C: Tensor, options: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        factor_narrow(C, **options)
+        factor_float32(C, **options)
 
 
 @pytest.mark.parametrize(
@@ -406,4 +406,4 @@ def test_errors_of_factor(C: Tensor, options: dict, error: type[Exception], mess
 )
 def test_errors_of_solve(b: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        factor_narrow(torch.eye(3)).solve(b)
+        factor_float32(torch.eye(3)).solve(b)
