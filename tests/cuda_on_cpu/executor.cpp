@@ -1,120 +1,28 @@
 #include "executor.h"
 
 #include <setjmp.h>
-#include <sys/mman.h>
 #include <ucontext.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <deque>
-#include <exception>
-#include <memory>
+#include <cstring>
 #include <random>
 #include <sstream>
-#include <utility>
-#include <vector>
+
+#include "fibers.h"
 
 namespace cuda_on_cpu {
+
+using namespace detail;
+
 namespace {
 
-std::size_t page_size() {
-    return static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-}
-
-// Memory between two unreadable pages.
-class GuardedPages {
-  public:
-    explicit GuardedPages(std::size_t bytes) : page_(page_size()), inner_((bytes + page_ - 1) / page_ * page_) {
-        whole_ = mmap(nullptr, inner_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (whole_ == MAP_FAILED || mprotect(begin(), inner_, PROT_READ | PROT_WRITE) != 0) {
-            throw ExecutionError("no memory for a fiber or for shared memory");
-        }
-    }
-    ~GuardedPages() { munmap(whole_, inner_ + 2 * page_); }
-    GuardedPages(const GuardedPages&) = delete;
-    GuardedPages& operator=(const GuardedPages&) = delete;
-
-    [[nodiscard]] unsigned char* begin() const { return static_cast<unsigned char*>(whole_) + page_; }
-    [[nodiscard]] unsigned char* end() const { return begin() + inner_; }
-    [[nodiscard]] std::size_t size() const { return inner_; }
-
-  private:
-    std::size_t page_;
-    std::size_t inner_;
-    void* whole_ = nullptr;
-};
-
-constexpr std::size_t kStackBytes = 128 * 1024;
 // Blocks that are under way at once; more of them would show nothing else.
 constexpr std::size_t kResidentBlocks = 3;
 constexpr std::size_t kSharedAlignment = 128;
 constexpr std::size_t kSharedAlignmentOfHopper = 1024;  // what 128-byte swizzles need
 
-struct PendingCopy {
-    void* destination;
-    const void* source;
-    std::size_t bytes;
-};
-
-struct Event {
-    std::function<void()> happens;
-    bool is_late = false;  // not before nobody can go on without it
-};
-
-enum class State { kReady, kAtBlockBarrier, kAtWarpBarrier, kAtCondition, kDone };
-
-struct Fiber {
-    ucontext_t context{};  // where it begins
-    jmp_buf resume{};      // where it goes on: swapcontext would make a system call each time
-    bool has_begun = false;
-    GuardedPages stack{kStackBytes};
-    Dim3 index;
-    unsigned number = 0;  // within the block
-    State state = State::kReady;
-    unsigned mask = 0;  // of the warp barrier it waits at
-    std::vector<PendingCopy> open_copies;
-    std::deque<std::vector<PendingCopy>> committed_copies;
-    std::vector<std::function<void()>> open_work;
-    std::deque<std::vector<std::function<void()>>> committed_work;
-    std::function<bool()> condition;
-    std::any notes;
-    std::exception_ptr thrown;
-
-    [[nodiscard]] unsigned warp() const { return number / kWarpSize; }
-    [[nodiscard]] unsigned lane() const { return number % kWarpSize; }
-};
-
-struct Block {
-    std::string kernel;
-    Dim3 grid, block, index;
-    unsigned char* shared = nullptr;
-    const std::function<void()>* body = nullptr;
-    std::vector<std::unique_ptr<Fiber>>* fibers = nullptr;
-    std::size_t n_threads = 0;
-    std::vector<std::size_t> ready;    // threads that can go on
-    std::vector<std::size_t> waiting;  // threads at a condition
-    std::vector<Event> events;         // that have not happened yet
-    std::size_t shared_bytes = 0;
-    std::vector<std::vector<unsigned char>> warp_slots;  // per warp, what its lanes have put down
-    std::array<bool, 2> votes{};                         // of block_any: one is filled while the other is read
-    std::size_t open_vote = 0;
-    jmp_buf scheduler{};
-    Fiber* current = nullptr;
-};
-
 std::mt19937_64 random_order{0};
-
-std::size_t draw(std::size_t n) {
-    return random_order() % n;
-}
 Block* running = nullptr;
-
-Block& here() {
-    if (running == nullptr || running->current == nullptr) {
-        throw ExecutionError("a device function was called outside a kernel");
-    }
-    return *running;
-}
 
 void go_on_with(Block& block, Fiber& fiber) {
     if (_setjmp(block.scheduler) != 0) {
@@ -148,13 +56,6 @@ void run_current_fiber() {
         fiber.thrown = std::current_exception();
     }
     fiber.state = State::kDone;
-    back_to_scheduler(block, fiber);
-}
-
-void wait_in(State state) {
-    Block& block = here();
-    Fiber& fiber = *block.current;
-    fiber.state = state;
     back_to_scheduler(block, fiber);
 }
 
@@ -405,13 +306,29 @@ void check_launch(const std::string& name, Dim3 grid, Dim3 block, std::size_t sh
     throw ExecutionError(name + ": no device takes " + problem.str());
 }
 
-void land(const std::vector<PendingCopy>& copies) {
-    for (const PendingCopy& copy : copies) {
-        std::memcpy(copy.destination, copy.source, copy.bytes);
-    }
+}  // namespace
+
+namespace detail {
+
+std::size_t draw(std::size_t n) {
+    return random_order() % n;
 }
 
-}  // namespace
+Block& here() {
+    if (running == nullptr || running->current == nullptr) {
+        throw ExecutionError("a device function was called outside a kernel");
+    }
+    return *running;
+}
+
+void wait_in(State state) {
+    Block& block = here();
+    Fiber& fiber = *block.current;
+    fiber.state = state;
+    back_to_scheduler(block, fiber);
+}
+
+}  // namespace detail
 
 void set_seed(std::uint64_t seed) {
     random_order.seed(seed);
@@ -456,151 +373,4 @@ void run_grid(const std::string& name, Dim3 grid, Dim3 block_shape, std::size_t 
     }
 }
 
-const Dim3& grid_size() {
-    return here().grid;
-}
-const Dim3& block_size() {
-    return here().block;
-}
-const Dim3& block_index() {
-    return here().index;
-}
-const Dim3& thread_index() {
-    return here().current->index;
-}
-unsigned lane() {
-    return here().current->lane();
-}
-void* shared_memory() {
-    return here().shared;
-}
-
-void block_barrier() {
-    wait_in(State::kAtBlockBarrier);
-}
-
-bool block_any(bool predicate) {
-    Block& block = here();
-    const std::size_t vote = block.open_vote;
-    block.votes[vote] |= predicate;
-    block_barrier();
-    return block.votes[vote];
-}
-
-void warp_barrier(unsigned mask) {
-    Fiber& fiber = *here().current;
-    if ((mask >> fiber.lane() & 1u) == 0) {
-        std::ostringstream text;
-        text << here().kernel << ": lane " << fiber.lane() << " calls a warp operation whose mask 0x" << std::hex
-             << mask << " does not name it";
-        throw ExecutionError(text.str());
-    }
-    fiber.mask = mask;
-    wait_in(State::kAtWarpBarrier);
-}
-
-void exchange_bytes(unsigned mask, const void* mine, void* all, std::size_t bytes) {
-    Block& block = here();
-    const Fiber& fiber = *block.current;
-    auto& slots = block.warp_slots[fiber.warp()];
-    if (slots.size() < kWarpSize * bytes) {
-        slots.resize(kWarpSize * bytes);
-    }
-    warp_barrier(mask);  // nobody writes while a slower lane still reads the last exchange
-    std::memcpy(slots.data() + fiber.lane() * bytes, mine, bytes);
-    warp_barrier(mask);
-    for (unsigned other = 0; other < kWarpSize; ++other) {
-        unsigned char* place = static_cast<unsigned char*>(all) + other * bytes;
-        if (mask >> other & 1u) {
-            std::memcpy(place, slots.data() + other * bytes, bytes);
-        } else {
-            std::memset(place, 0, bytes);
-        }
-    }
-}
-
-WarpWords exchange(unsigned mask, std::uint64_t mine) {
-    WarpWords words{};
-    exchange_bytes(mask, &mine, words.data(), sizeof(mine));
-    return words;
-}
-
-void copy_later(void* destination, const void* source, std::size_t bytes) {
-    here().current->open_copies.push_back({destination, source, bytes});
-}
-
-void commit_copies() {
-    Fiber& fiber = *here().current;
-    fiber.committed_copies.push_back(std::exchange(fiber.open_copies, {}));
-}
-
-void wait_for_copies(unsigned pending) {
-    Fiber& fiber = *here().current;
-    while (fiber.committed_copies.size() > pending) {
-        land(fiber.committed_copies.front());
-        fiber.committed_copies.pop_front();
-    }
-}
-
-void wait_until(std::function<bool()> holds) {
-    if (!holds()) {
-        here().current->condition = std::move(holds);
-        wait_in(State::kAtCondition);
-    }
-}
-
-void happen_later(std::function<void()> event) {
-    here().events.push_back({std::move(event), draw(2) == 0});
-}
-
-void work_later(std::function<void()> work) {
-    here().current->open_work.push_back(std::move(work));
-}
-
-void commit_work() {
-    Fiber& fiber = *here().current;
-    fiber.committed_work.push_back(std::exchange(fiber.open_work, {}));
-}
-
-void wait_for_work(unsigned pending) {
-    Fiber& fiber = *here().current;
-    while (fiber.committed_work.size() > pending) {
-        for (const auto& work : fiber.committed_work.front()) {
-            work();
-        }
-        fiber.committed_work.pop_front();
-    }
-}
-
-std::uint32_t shared_offset(const void* address) {
-    const Block& block = here();
-    const std::ptrdiff_t offset = static_cast<const unsigned char*>(address) - block.shared;
-    if (offset < 0 || static_cast<std::size_t>(offset) >= block.shared_bytes) {
-        throw ExecutionError(block.kernel + ": an address is not in shared memory");
-    }
-    return static_cast<std::uint32_t>(offset);
-}
-
-unsigned char* shared_at(std::uint32_t offset) {
-    const Block& block = here();
-    if (offset >= block.shared_bytes) {
-        throw ExecutionError(block.kernel + ": an offset is not in shared memory");
-    }
-    return block.shared + offset;
-}
-
-std::any& notes() {
-    return here().current->notes;
-}
-
-namespace detail {
-
-void fail_shuffle(unsigned mask, unsigned source) {
-    std::ostringstream text;
-    text << here().kernel << ": a shuffle reads lane " << source << ", which mask 0x" << std::hex << mask
-         << " does not name";
-    throw ExecutionError(text.str());
-}
-
-}  // namespace detail
 }  // namespace cuda_on_cpu
