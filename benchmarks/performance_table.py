@@ -17,6 +17,9 @@ BEGIN = "<!-- speed: begin (python benchmarks/performance_table.py) -->"
 END = "<!-- speed: end -->"
 
 
+_CEILINGS = (("float32", "fp32"), ("bfloat16", "bf16"), ("int8", "int8"))
+
+
 @dataclass(frozen=True)
 class Line:
     """A row of the table: the case of an op, and, where ours has several modes, which of them."""
@@ -65,8 +68,11 @@ def table(results: Path = HERE / "results") -> str:
         machines[rows[0]["cpu"]] = rows[0]
     for cpu, row in machines.items():
         threads = "one thread" if row["threads"] == "1" else f"{row['threads']} threads"
-        rates = f"float32 {float(row['ceiling_fp32']):.0f} and bfloat16 {float(row['ceiling_bf16']):.0f} Gop/s"
-        lines.append(f"\n{cpu}, {threads}; bare instructions reach {rates}. {row['versions']}.")
+        rates = ", ".join(f"{name} {float(row[f'ceiling_{key}']):.0f}" for name, key in _CEILINGS)
+        lines.append(
+            f"\n{cpu}, {threads}; bare instructions reach {rates} Gop/s (shares are of what they reached in the same"
+            f" rounds). Medians are divided; peers of the scan exclude nothing. {row['versions']}."
+        )
     return "\n".join([*lines, *gpu_lines(results)])
 
 

@@ -154,7 +154,8 @@ def accumulate_moment(
     """Add the keys of some tokens to a running second moment.
 
     total.lower += tril(Σ_t k_t k_tᵀ), total.count += T (statistics of ROME/MEMIT, methods §4): float32 products over
-    blocks of tokens, float64 between blocks; float64 keys are multiplied in float64.
+    blocks of tokens, float64 between blocks; float64 keys are multiplied in float64. Products of float32
+    entries beyond about 1e17 overflow, and of those below 1e-19 vanish: scale such keys, or pass them as float64.
 
     Args:
         total: changed in place.

@@ -303,7 +303,7 @@ class _Gates:
     ) -> None:
         """The gates `later` decide again for `rows`, whose keys were changed."""
         again = _Gates.of(keys, adapters, thresholds, chosen)
-        self.logits[later, rows] = again.logits
+        self.logits[later, rows] = again.logits.to(self.logits.dtype)  # none asked for (τ of 0 or 1) has float32
         self.opened[later, rows] = again.opened
         self.all_finite &= again.all_finite
 

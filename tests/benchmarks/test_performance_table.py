@@ -28,8 +28,10 @@ def test_every_line_was_measured(script: ModuleType) -> None:
 
 
 def rows_of_moments(*rows: str) -> str:
-    head = "op,case,provider,threads,median_s,share_of_ceiling,exact,cpu,versions,ceiling_fp32,ceiling_bf16"
-    return "\n".join([head, *(f"accumulate_moment,m4096,{row},Some CPU,torch 2,100,200" for row in rows)]) + "\n"
+    head = (
+        "op,case,provider,threads,median_s,share_of_ceiling,exact,cpu,versions,ceiling_fp32,ceiling_bf16,ceiling_int8"
+    )
+    return "\n".join([head, *(f"accumulate_moment,m4096,{row},Some CPU,torch 2,100,200,300" for row in rows)]) + "\n"
 
 
 def test_a_line_takes_the_fastest_of_ours_and_of_the_peers_with_the_same_result(
@@ -40,7 +42,8 @@ def test_a_line_takes_the_fastest_of_ours_and_of_the_peers_with_the_same_result(
     (tmp_path / "accumulate_moment.csv").write_text(rows_of_moments(*ours, *peers))
     made = script.table(tmp_path)
     assert "| 200 ms (avx512 fp32) | 1.50 s (scipy ssyrk) | 7.50 | 70 % |" in made
-    assert "Some CPU, one thread; bare instructions reach float32 100 and bfloat16 200 Gop/s. torch 2." in made
+    assert "Some CPU, one thread; bare instructions reach float32 100, bfloat16 200, int8 300 Gop/s" in made
+    assert made.endswith("torch 2.")
     assert len(made.splitlines()) == 5
     (tmp_path / "accumulate_moment.csv").write_text(rows_of_moments(*ours, peers[0]))
     assert "| 200 ms (avx512 fp32) | 300 ms (torch bfloat16 matmul, inexact) | 1.50 | 70 % |" in script.table(tmp_path)

@@ -310,3 +310,19 @@ def test_errors(options: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {"keys": torch.zeros(2, 8), "adapters": random_adapter(8, 3), **options}
     with pytest.raises(HparamError, match=message):
         gated_adapter(arguments.pop("keys"), arguments.pop("adapters"), **arguments)
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_float64_chains_go_on_to_gates_that_need_no_logit(tau: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 8), (8, 2), (5, 8), (5,), (5,), (1,))
+    first, second = (
+        AdapterWeights(*(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes))
+        for _ in range(2)
+    )
+    keys = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    first.b2.fill_(1000.0)  # opens for every key
+    adapted = gated_adapter(keys, [first, second], tau=[0.5, tau])
+    moved = keys + keys @ first.a.T @ first.b.T
+    wanted = moved if tau == 1.0 else moved + moved @ second.a.T @ second.b.T
+    torch.testing.assert_close(adapted, wanted, rtol=1e-12, atol=1e-12)
