@@ -6,36 +6,17 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <random>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "check.h"
 #include "cpu/whitened_topk.h"
 #include "cpu/whitened_topk_kernels.h"
+#include "key_numbers.h"
 
 namespace rep_fast::tests {
 
 inline constexpr double kNone = -std::numeric_limits<double>::infinity();
-
-// Exactly as long as it must be, so that the address sanitizer sees every read beyond.
-template <class T>
-std::vector<T> random_numbers(std::int64_t count, std::mt19937& generator) {
-    std::vector<T> numbers(static_cast<std::size_t>(count));
-    std::normal_distribution<float> normal;
-    for (T& number : numbers) {
-        const float value = normal(generator);
-        if constexpr (std::is_same_v<T, float>) {
-            number = value;
-        } else if constexpr (std::is_same_v<T, BFloat16>) {
-            number.bits = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
-        } else {  // sign, an exponent around 2⁰, random fraction
-            number.bits = static_cast<std::uint16_t>((generator() & 0x83ffu) | (13u + generator() % 4u) << 10);
-        }
-    }
-    return numbers;
-}
 
 struct State {
     State(std::int64_t n_queries, std::int64_t k_)

@@ -1,6 +1,5 @@
 // The int8 pass of whitened_topk: its draws, its kernels against their definitions, and its certificate.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -13,6 +12,7 @@
 #include "cpu/dithered_queries.h"
 #include "cpu/whitened_topk.h"
 #include "cpu/whitened_topk_kernels.h"
+#include "key_numbers.h"
 #include "tests.h"
 
 namespace rep_fast::tests {
@@ -58,20 +58,6 @@ void test_scales() {
 }
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
-
-template <class T>
-T as_key(float value) {
-    if constexpr (std::is_same_v<T, float>) {
-        return value;
-    } else if constexpr (std::is_same_v<T, BFloat16>) {
-        return {static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16)};
-    } else {  // 2⁻¹⁴ to 2¹⁵ by the bits
-        const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-        const auto exponent = std::clamp(static_cast<int>(bits >> 23 & 0xffu) - 112, 1, 30);
-        return {static_cast<std::uint16_t>((bits >> 16 & 0x8000u) | static_cast<unsigned>(exponent) << 10 |
-                                           (bits >> 13 & 0x3ffu))};
-    }
-}
 
 template <class T>
 void test_quantise(const Int8Products& products) {

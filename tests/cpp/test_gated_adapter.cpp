@@ -1,4 +1,3 @@
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <numbers>
@@ -10,28 +9,11 @@
 #include "core/error.h"
 #include "cpu/gated_adapter.h"
 #include "cpu/gated_adapter_gradient.h"
+#include "key_numbers.h"
 #include "tests.h"
 
 namespace rep_fast::tests {
 namespace {
-
-// Exactly as long as it must be, so that the address sanitizer sees every read beyond.
-template <class T>
-std::vector<T> random_numbers(std::int64_t count, float size, std::mt19937& generator) {
-    std::vector<T> numbers(static_cast<std::size_t>(count));
-    std::normal_distribution<float> normal(0.0f, size);
-    for (T& number : numbers) {
-        const float value = normal(generator);
-        if constexpr (std::is_same_v<T, float>) {
-            number = value;
-        } else if constexpr (std::is_same_v<T, BFloat16>) {
-            number.bits = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
-        } else {  // sign, an exponent around 2⁰, random fraction
-            number.bits = static_cast<std::uint16_t>((generator() & 0x83ffu) | (13u + generator() % 4u) << 10);
-        }
-    }
-    return numbers;
-}
 
 double gelu(double x) {
     return 0.5 * x * (1.0 + std::erf(x * std::sqrt(0.5)));
@@ -47,9 +29,9 @@ struct RandomGate {
     RandomGate(std::int64_t n_hidden, std::int64_t key_dim, std::mt19937& generator)
         : rows(n_hidden),
           cols(key_dim),
-          w1(random_numbers<W>(n_hidden * key_dim, 1.0f / std::sqrt(static_cast<float>(key_dim)), generator)),
-          b1(random_numbers<float>(n_hidden, 1.0f, generator)),
-          w2(random_numbers<float>(n_hidden, 1.0f, generator)) {}
+          w1(random_numbers<W>(n_hidden * key_dim, generator, 1.0f / std::sqrt(static_cast<float>(key_dim)))),
+          b1(random_numbers<float>(n_hidden, generator)),
+          w2(random_numbers<float>(n_hidden, generator)) {}
 
     Gate gate() const {
         return {.w1 = MatrixView<const W>{w1.data(), rows, cols, cols}, .b1 = b1, .w2 = w2, .b2 = 0.25f};
@@ -96,7 +78,7 @@ template <class T, class W>
 void test_shape(std::int64_t n_tokens, std::int64_t n_hidden, std::int64_t key_dim, CpuLevel level) {
     std::mt19937 generator(static_cast<unsigned>(n_tokens * 31 + key_dim));
     const std::int64_t stride = key_dim + n_tokens % 3;
-    const auto keys = random_numbers<T>((n_tokens - 1) * stride + key_dim, 1.0f, generator);
+    const auto keys = random_numbers<T>((n_tokens - 1) * stride + key_dim, generator);
     const RandomGate<W> one(n_hidden, key_dim, generator);
     const RandomGate<W> other(n_hidden + 1, key_dim, generator);
     const KeyMatrix view = MatrixView<const T>{keys.data(), n_tokens, key_dim, stride};
@@ -128,8 +110,8 @@ void test_shape(std::int64_t n_tokens, std::int64_t n_hidden, std::int64_t key_d
 
 void test_gradient(std::int64_t n_tokens, std::int64_t n_hidden, std::int64_t key_dim, CpuLevel level) {
     std::mt19937 generator(static_cast<unsigned>(n_tokens * 7 + n_hidden));
-    const auto keys = random_numbers<float>(n_tokens * key_dim, 1.0f, generator);
-    const auto d_logits = random_numbers<float>(n_tokens, 1.0f, generator);
+    const auto keys = random_numbers<float>(n_tokens * key_dim, generator);
+    const auto d_logits = random_numbers<float>(n_tokens, generator);
     const RandomGate<float> weights(n_hidden, key_dim, generator);
     std::vector<float> hidden(static_cast<std::size_t>(n_tokens * n_hidden)), logits(d_logits.size());
     Gate gate = weights.gate();

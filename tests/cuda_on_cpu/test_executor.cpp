@@ -5,11 +5,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <string>
 #include <vector>
 
 #include "cuda/launch.cuh"
+#include "execution_errors.h"
 #include "tests.h"
 
 namespace {
@@ -22,19 +21,6 @@ void expect(bool holds, const char* what) {
         std::fprintf(stderr, "failed: %s\n", what);
         std::exit(EXIT_FAILURE);
     }
-}
-
-std::string error_of(const std::function<void()>& work) {
-    try {
-        work();
-    } catch (const cuda_on_cpu::ExecutionError& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool holds(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
 }
 
 // ---- kernels

@@ -4,8 +4,6 @@
 
 #include <cmath>
 #include <cstdint>
-#include <functional>
-#include <string>
 #include <vector>
 
 #include "check.h"
@@ -14,6 +12,7 @@
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tensor_map.cuh"
+#include "execution_errors.h"
 #include "tests.h"
 
 namespace {
@@ -27,19 +26,6 @@ namespace ptx = rep_fast::cuda::ptx;
 
 constexpr int kRounds = 7;
 constexpr int kReaders = 64;
-
-std::string error_of(const std::function<void()>& work) {
-    try {
-        work();
-    } catch (const cuda_on_cpu::ExecutionError& error) {
-        return error.what();
-    }
-    return "";
-}
-
-bool holds(const std::string& text, const std::string& part) {
-    return text.find(part) != std::string::npos;
-}
 
 LaunchShape one_block(unsigned n_threads, std::size_t shared_bytes) {
     return {dim3(1), dim3(n_threads), shared_bytes, nullptr, true};

@@ -7,7 +7,6 @@
 #include <limits>
 #include <numeric>
 #include <random>
-#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -16,6 +15,7 @@
 #include "cuda/whitened_topk.h"
 #include "executor.h"
 #include "guarded.h"
+#include "key_numbers.h"
 #include "tests.h"
 
 namespace {
@@ -25,6 +25,7 @@ using rep_fast::DitherOf;
 using rep_fast::FixedPoint;
 using rep_fast::Float16;
 using rep_fast::to_float;
+using rep_fast::tests::as_key;
 namespace cuda = rep_fast::cuda;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -40,20 +41,6 @@ void test_draws_are_those_of_the_cpu() {
                 EXPECT(std::ranges::equal(drawn, rep_fast::draw_dither(seed, whose, n)));
             }
         }
-    }
-}
-
-template <class T>
-T as_key(float value) {
-    if constexpr (std::is_same_v<T, float>) {
-        return value;
-    } else if constexpr (std::is_same_v<T, BFloat16>) {
-        return {static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16)};
-    } else {  // 2⁻¹⁴ to 2¹⁵ by the bits
-        const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-        const auto exponent = std::clamp(static_cast<int>(bits >> 23 & 0xffu) - 112, 1, 30);
-        return {static_cast<std::uint16_t>((bits >> 16 & 0x8000u) | static_cast<unsigned>(exponent) << 10 |
-                                           (bits >> 13 & 0x3ffu))};
     }
 }
 
