@@ -162,10 +162,11 @@ def fused_scan() -> None:
     """Both bodies of the scan side by side: which of them should serve?"""
     if not is_hopper():
         return
-    rate = bf16_rate()
+    rates = {"bf16": bf16_rate(), "int8": int8_rate()}
+    ways = {(body, scan_pass): rate for scan_pass, rate in rates.items() for body in ("product", "fused")}
     for key_dim in (4096, 11008):
         for n_queries in (100, 400, 2000):
-            scan_case(n_queries, key_dim, {("product", "bf16"): rate, ("fused", "bf16"): rate})
+            scan_case(n_queries, key_dim, ways)
 
 
 def is_hopper() -> bool:
@@ -342,7 +343,7 @@ def fused_small() -> None:
     if not is_hopper():
         return
     inputs = Inputs.draw(ScanCase("small", n_keys=5000, n_queries=9, key_dim=712, k=10), seed=0)
-    for precision in ("bf16", "bf16x2"):
+    for precision in ("bf16", "bf16x2", "int8"):
         rule = inputs.exclusion.to(torch.device(DEVICE))
         operands = (inputs.keys.to(DEVICE), inputs.queries.to(DEVICE))
         assert inputs.is_exact(scan_by("fused", *operands, 10, exclusion=rule, precision=precision).ids.cpu()), (

@@ -4,6 +4,7 @@ from torch import Tensor
 
 bodies: list[str]
 largest_k: int
+quantised_multiple: int
 solve_block: int
 
 def count_tokens(*, keys: Tensor, mask: Tensor | None, counts: Tensor, counters: Tensor, stream: int) -> None: ...
@@ -55,4 +56,50 @@ def select_hits(
     scores: Tensor,
     ids: Tensor,
     stream: int,
+    key_steps: Tensor | None = None,
+    query_steps: Tensor | None = None,
+) -> None: ...
+def draw_dither(*, seed: int, whose: int, dither: Tensor, stream: int) -> None: ...
+def quantise_rows(
+    *,
+    rows: Tensor,
+    columns: Tensor,
+    constant: float,
+    first_id: int,
+    values: Tensor,
+    steps: Tensor,
+    margins: Tensor,
+    counters: Tensor | None,
+    stream: int,
+) -> None: ...
+def padded_queries(n_queries: int) -> int: ...
+def can_fuse(*, keys: Tensor, factor: Tensor, n_parts: int) -> bool: ...
+def scan_fused(
+    *,
+    keys: Tensor,
+    first_row: int,
+    first_id: int,
+    factor: Tensor,
+    n_parts: int,
+    counters: Tensor,
+    limits: Tensor,
+    counts: Tensor,
+    candidates: Tensor,
+    queries: Tensor,
+    margins: Tensor,
+    slacks: Tensor,
+    token_ids: Tensor | None,
+    sequence_starts: Tensor | None,
+    last_tokens: Tensor | None,
+    lookback: Tensor | None,
+    window: int,
+    indptr: Tensor | None,
+    subjects: Tensor | None,
+    scores: Tensor,
+    ids: Tensor,
+    stream: int,
+    key_values: Tensor | None = None,
+    key_steps: Tensor | None = None,
+    key_margins: Tensor | None = None,
+    query_steps: Tensor | None = None,
 ) -> None: ...

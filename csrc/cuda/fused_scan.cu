@@ -2,15 +2,18 @@
 //
 // A block is persistent and works on tiles of 128 keys × kQueries queries, the query tiles of the same keys one after
 // another, so that blocks which run at a time read a key from memory once and from L2 else. A warp of its own asks the
-// copy engine for 64 columns of keys and queries at a time, kStages ahead; two warpgroups multiply 64 keys each, and
-// while the tensor cores work on a stage they sum the squares of its keys from shared memory. Then every sum, with its
-// margin, meets the limit of its query; what is left goes to the query's list of candidates, in any order, and a block
-// per query scores the list exactly. The order of a list changes no hit: hits are ordered by score and id.
+// copy engine for 128 bytes of each row of keys and queries at a time, kStages ahead; two warpgroups multiply 64 keys
+// each. Bfloat16 keys are multiplied as they are; while the tensor cores work on a stage, the squares of its keys are
+// summed from shared memory. Keys in whole steps come from quantised_rows.cu, chunk by chunk: a row's step is known
+// when all of the row has been seen, which no tile does. Then every sum, with its margins, meets the limit of its
+// query; what is left goes to the query's list of candidates, in any order, and a block per query scores the list
+// exactly. The order of a list changes no hit: hits are ordered by score and id.
 //
-// Bytes: 2·n·M of keys, 2·P·S·M of queries from L2 per 128 keys; operations 2·P·n·S·M. Limit: tensor cores from S ≈ 200
-// on. Registers by ptxas 13.0: 117 at 128 queries, 168 at 256, of 224 that 288 threads may have; nothing is spilled;
-// one block per multiprocessor. Not run or measured yet on a device: stages, tile and order of tiles are choices by
-// arithmetic.
+// Bytes: 2·n·M of keys, 2·P·S·M of queries from L2 per 128 keys, half of either in whole steps; operations 2·P·n·S·M.
+// Limit: tensor cores from S ≈ 200 on; with whole steps, which memory has to give n·M bytes of, take back and give
+// again unless L2 keeps them, from S ≈ 600 on. Registers by ptxas 13.0: 117 at 128 queries and 168 at 256, in whole
+// steps 96 and 164, of 224 that 288 threads may have; nothing is spilled; one block per multiprocessor. Not run or
+// measured yet on a device: stages, tile and order of tiles are choices by arithmetic.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -34,7 +37,7 @@ constexpr bool kHasProduct = true;
 constexpr bool kHasProduct = false;
 #endif
 
-template <int kQueries, int kStages>
+template <class Product, int kQueries, int kStages>
 __global__ void __launch_bounds__(kFusedThreads, 1)
     fused_scan_kernel(const __grid_constant__ ptx::TensorMap keys, const __grid_constant__ ptx::TensorMap queries,
                       const __grid_constant__ FusedShape shape) {
@@ -50,13 +53,13 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
         __syncthreads();
         if (threadIdx.x >= kMultiplyingThreads) {
             if (threadIdx.x == kMultiplyingThreads) {
-                bring_tiles(keys, queries, shape, shared);
+                bring_tiles<Product::kColumns>(keys, queries, shape, shared);
             }
             return;
         }
         Turn<kStages> turn;
         for (std::int64_t tile = blockIdx.x; tile < shape.n_tiles; tile += gridDim.x) {
-            float sums[kQueries / 2];
+            typename Product::Sum sums[kQueries / 2];
             float squares[2] = {0.0f, 0.0f};
             multiply_tile(shape, shared, turn, sums, squares);
             append_survivors<kQueries>(shape, tile, sums, squares);
@@ -66,7 +69,7 @@ __global__ void __launch_bounds__(kFusedThreads, 1)
 
 // The limits of the chunk, and empty lists. Queries that are none and queries left out have the limit ∞.
 __global__ void __launch_bounds__(kSelectionThreads)
-    begin_chunk_kernel(Selection selection, FusedScratch scratch, std::int64_t n_padded) {
+    begin_chunk_kernel(Selection selection, const float* query_steps, FusedScratch scratch, std::int64_t n_padded) {
     const std::int64_t query = static_cast<std::int64_t>(blockIdx.x) * kSelectionThreads + threadIdx.x;
     if (query >= n_padded) {
         return;
@@ -80,6 +83,7 @@ __global__ void __launch_bounds__(kSelectionThreads)
             limit.margin = margin;
             limit.limit = __double2float_rd(floor);
             limit.largest_norm = margin > 0.0f ? kLargestError / margin : kFloatInfinity;
+            limit.step = query_steps != nullptr ? query_steps[query] : 0.0f;
         }
         // without a product nothing is known of any key
         scratch.counts[query] = kHasProduct ? 0 : kMoreThanAnyList;
@@ -88,6 +92,7 @@ __global__ void __launch_bounds__(kSelectionThreads)
 }
 
 // One block scores the candidates of one query exactly, or every key where they were too many for the list.
+template <class Key>
 __global__ void __launch_bounds__(kSelectionThreads)
     settle_candidates_kernel(Selection selection, FusedScratch scratch) {
     auto& shared = shared_as<SelectionShared>();
@@ -113,18 +118,30 @@ __global__ void __launch_bounds__(kSelectionThreads)
             shared.n_candidates = n;
         }
         __syncthreads();
-        settle<BFloat16>(selection, shared, scores, ids, query);
+        settle<Key>(selection, shared, scores, ids, query);
     }
     store_hits(selection, scores, ids, query);
 }
 
+bool is_in_steps(const FusedScan& scan) {
+    return scan.steps.values != nullptr;
+}
+
+std::int64_t multiplied_width(const FusedScan& scan) {
+    return is_in_steps(scan) ? scan.steps.padded_width : scan.selection.keys.key_dim;
+}
+
 BoxedMatrix key_matrix(const FusedScan& scan) {
     const KeyChunk& keys = scan.selection.keys;
-    return {keys.data, keys.n_keys, keys.key_dim, keys.row_stride};
+    if (is_in_steps(scan)) {
+        return {scan.steps.values, keys.n_keys, scan.steps.padded_width, scan.steps.padded_width, 1};
+    }
+    return {keys.data, keys.n_keys, keys.key_dim, keys.row_stride, 2};
 }
 
 BoxedMatrix query_matrix(const FusedScan& scan) {
-    return {scan.factor, scan.n_parts * scan.selection.n_queries, scan.selection.keys.key_dim, scan.factor_stride};
+    return {scan.factor, scan.n_parts * scan.selection.n_queries, multiplied_width(scan), scan.factor_stride,
+            is_in_steps(scan) ? 1 : 2};
 }
 
 int n_multiprocessors() {
@@ -134,21 +151,53 @@ int n_multiprocessors() {
     return count;
 }
 
-template <int kQueries, int kStages>
+template <class Product, int kQueries, int kStages>
 void multiply_chunk(const FusedScan& scan, cudaStream_t stream) {
-    const KeyChunk& keys = scan.selection.keys;
     FusedShape shape;
     shape.selection = scan.selection;
+    shape.steps = scan.steps;
     shape.counters = scan.counters;
     shape.scratch = scan.scratch;
     shape.n_parts = scan.n_parts;
-    shape.n_steps = static_cast<int>((keys.key_dim + kColumns - 1) / kColumns);
+    shape.n_steps = static_cast<int>((multiplied_width(scan) + Product::kColumns - 1) / Product::kColumns);
     shape.n_query_tiles = padded_queries(scan.selection.n_queries) / kQueries;
-    shape.n_tiles = (keys.n_keys + kKeys - 1) / kKeys * shape.n_query_tiles;
+    shape.n_tiles = (scan.selection.keys.n_keys + kKeys - 1) / kKeys * shape.n_query_tiles;
     const auto n_blocks = static_cast<unsigned>(std::min<std::int64_t>(shape.n_tiles, n_multiprocessors()));
-    launch("fused_scan", fused_scan_kernel<kQueries, kStages>,
+    launch("fused_scan", fused_scan_kernel<Product, kQueries, kStages>,
            {dim3(n_blocks), dim3(kFusedThreads), sizeof(FusedShared<kQueries, kStages>), stream, true},
            make_tensor_map(key_matrix(scan), kKeys), make_tensor_map(query_matrix(scan), kQueries), shape);
+}
+
+template <class Product>
+void multiply_by_tile(const FusedScan& scan, cudaStream_t stream) {
+    if (choose_fused_tile(scan.selection.n_queries).queries == 256) {
+        multiply_chunk<Product, 256, 4>(scan, stream);
+    } else {
+        multiply_chunk<Product, 128, 6>(scan, stream);
+    }
+}
+
+template <class Key>
+void settle_typed(const FusedScan& scan, cudaStream_t stream) {
+    const Selection& selection = scan.selection;
+    launch("settle_candidates", settle_candidates_kernel<Key>,
+           {dim3(static_cast<unsigned>(selection.n_queries)), dim3(kSelectionThreads), selection_bytes(selection.k),
+            stream},
+           selection, scan.scratch);
+}
+
+void settle_chunk(const FusedScan& scan, cudaStream_t stream) {
+    switch (scan.selection.keys.dtype) {
+        case DType::kFloat32:
+            return settle_typed<float>(scan, stream);
+        case DType::kBFloat16:
+            return settle_typed<BFloat16>(scan, stream);
+        case DType::kFloat16:
+            return settle_typed<Float16>(scan, stream);
+        default:
+            REP_FAST_CHECK(false,
+                           "keys must be float32, bfloat16 or float16, got " << dtype_name(scan.selection.keys.dtype));
+    }
 }
 
 }  // namespace
@@ -168,8 +217,8 @@ std::int64_t padded_queries(std::int64_t n_queries) {
 }
 
 bool can_fuse(const FusedScan& scan) {
-    return scan.selection.keys.dtype == DType::kBFloat16 && has_tensor_map(key_matrix(scan)) &&
-           has_tensor_map(query_matrix(scan));
+    const bool has_product = is_in_steps(scan) || scan.selection.keys.dtype == DType::kBFloat16;
+    return has_product && has_tensor_map(key_matrix(scan)) && has_tensor_map(query_matrix(scan));
 }
 
 void scan_fused(const FusedScan& scan, void* stream) {
@@ -178,22 +227,22 @@ void scan_fused(const FusedScan& scan, void* stream) {
         return;
     }
     REP_FAST_CHECK(can_fuse(scan),
-                   "the fused scan takes bfloat16 keys and queries whose rows begin at multiples of "
-                   "16 bytes; use select_hits");
+                   "the fused scan takes keys and queries in whole steps, or bfloat16 ones, whose rows begin at "
+                   "multiples of 16 bytes; use select_hits");
+    REP_FAST_CHECK(!is_in_steps(scan) || scan.n_parts == 1,
+                   "keys in whole steps are multiplied once, got " << scan.n_parts << " parts of the queries");
     const auto on = static_cast<cudaStream_t>(stream);
-    const std::size_t shared_bytes = selection_bytes(selection.k);
+    selection_bytes(selection.k);  // before anything runs
     const std::int64_t n_padded = padded_queries(selection.n_queries);
     const auto n_blocks = static_cast<unsigned>((n_padded + kSelectionThreads - 1) / kSelectionThreads);
-    launch("begin_chunk", begin_chunk_kernel, {dim3(n_blocks), dim3(kSelectionThreads), 0, on}, selection, scan.scratch,
-           n_padded);
-    if (choose_fused_tile(selection.n_queries).queries == 256) {
-        multiply_chunk<256, 4>(scan, on);
+    launch("begin_chunk", begin_chunk_kernel, {dim3(n_blocks), dim3(kSelectionThreads), 0, on}, selection,
+           scan.steps.query_steps, scan.scratch, n_padded);
+    if (is_in_steps(scan)) {
+        multiply_by_tile<Int8Product>(scan, on);
     } else {
-        multiply_chunk<128, 6>(scan, on);
+        multiply_by_tile<BFloat16Product>(scan, on);
     }
-    launch("settle_candidates", settle_candidates_kernel,
-           {dim3(static_cast<unsigned>(selection.n_queries)), dim3(kSelectionThreads), shared_bytes, on}, selection,
-           scan.scratch);
+    settle_chunk(scan, on);
 }
 
 }  // namespace rep_fast::cuda

@@ -10,12 +10,12 @@
 namespace rep_fast::cuda {
 
 // What the product knows of a query in one chunk: below `limit` a score with its margin is out, and keys of
-// `largest_norm` or more make scores that may have overflowed.
+// `largest_norm` or more make scores that may have overflowed. `step` is that of a query in whole steps.
 struct alignas(16) QueryLimit {
     float margin;
     float limit;
     float largest_norm;
-    float unused;
+    float step;
 };
 
 // Memory between the kernels of one chunk, on the device.
@@ -26,14 +26,25 @@ struct FusedScratch {
     std::int64_t capacity = 0;           // a query with more candidates has every key scored exactly
 };
 
+// The chunk's keys as `quantise_rows` leaves them. Margins are those of Int8Sums.
+struct KeySteps {
+    const std::int8_t* values = nullptr;  // [n_keys, padded_width]; nullptr: the keys themselves are multiplied
+    std::int64_t padded_width = 0;
+    const float* steps = nullptr;        // [n_keys]
+    const float* margins = nullptr;      // [n_keys]; NaN: the row is left out
+    const float* query_steps = nullptr;  // [n_queries]
+};
+
 struct FusedScan {
-    Selection selection;  // bfloat16 keys; without approximate scores and norms
+    Selection selection;  // without approximate scores and norms; bfloat16 keys unless whole steps are multiplied
+    KeySteps steps = {};
     // [n_parts · n_queries, key_dim] bfloat16: the queries rounded, then what that leaves of them, rounded. With two
-    // parts the margins must hold what a product of key_dim additions costs, as with one.
+    // parts the margins must hold what a product of key_dim additions costs, as with one. Or, beside keys in whole
+    // steps, [n_queries, padded_width] int8 and one part.
     const void* factor = nullptr;
     std::int64_t factor_stride = 0;
     int n_parts = 1;
-    KeyNorms counters;  // without norms
+    KeyNorms counters;  // without norms; of keys in whole steps nobody counts here
     FusedScratch scratch;
 };
 

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cuda/eight.cuh"
 #include "cuda/exact_hits.cuh"
@@ -15,6 +16,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/ptx/wgmma_int8.cuh"
 #include "cuda/warp_sum.cuh"
 
 namespace rep_fast::cuda {
@@ -22,15 +24,24 @@ namespace rep_fast::cuda {
 inline constexpr float kFloatInfinity = std::numeric_limits<float>::infinity();
 inline constexpr int kKeys = 128;  // of a tile: two warpgroups of wgmma's 64 rows
 inline constexpr int kGroupKeys = 64;
-inline constexpr int kColumns = ptx::kBoxColumns;
-inline constexpr int kDepth = 16;  // columns of one wgmma
 inline constexpr int kGroupThreads = 128;
 inline constexpr int kMultiplyingThreads = kKeys / kGroupKeys * kGroupThreads;
 inline constexpr int kMultiplyingWarps = kMultiplyingThreads / kLanes;
 inline constexpr int kFusedThreads = kMultiplyingThreads + kLanes;
 
+// What the tensor cores multiply: bfloat16 to float32 sums, or whole steps to int32 sums, which are exact.
+template <class Element_, class Sum_>
+struct Product {
+    using Element = Element_;
+    using Sum = Sum_;
+    static constexpr int kColumns = ptx::kBoxColumns<Element>;  // of a stage
+};
+using BFloat16Product = Product<BFloat16, float>;
+using Int8Product = Product<std::int8_t, std::int32_t>;
+
 struct FusedShape {
     Selection selection;
+    KeySteps steps;  // where whole steps are multiplied
     KeyNorms counters;
     FusedScratch scratch;
     int n_parts;
@@ -68,7 +79,7 @@ __device__ inline void wait_for(std::uint64_t& barrier, unsigned parity) {
 }
 
 // One thread keeps the ring full.
-template <int kQueries, int kStages>
+template <int kColumns, int kQueries, int kStages>
 __device__ inline void bring_tiles(const ptx::TensorMap& keys, const ptx::TensorMap& queries, const FusedShape& shape,
                                    FusedShared<kQueries, kStages>& shared) {
     Turn<kStages> turn;
@@ -95,6 +106,13 @@ __device__ inline void multiply(float (&sums)[64], std::uint64_t keys, std::uint
 }
 __device__ inline void multiply(float (&sums)[128], std::uint64_t keys, std::uint64_t queries, bool accumulates) {
     ptx::wgmma_m64n256k16(sums, keys, queries, accumulates);
+}
+__device__ inline void multiply(std::int32_t (&sums)[64], std::uint64_t keys, std::uint64_t queries, bool accumulates) {
+    ptx::wgmma_m64n128k32(sums, keys, queries, accumulates);
+}
+__device__ inline void multiply(std::int32_t (&sums)[128], std::uint64_t keys, std::uint64_t queries,
+                                bool accumulates) {
+    ptx::wgmma_m64n256k32(sums, keys, queries, accumulates);
 }
 
 // Adds the squares of a stage's 64 columns to those of the two keys this thread holds sums of; its three neighbours
@@ -124,10 +142,10 @@ __device__ inline void release(std::uint64_t& barrier) {
     }
 }
 
-// The sums of one tile and the squares of its keys.
-template <int kQueries, int kStages>
+// The sums of one tile and, of bfloat16 keys, their squares.
+template <class Sum, int kQueries, int kStages>
 __device__ inline void multiply_tile(const FusedShape& shape, FusedShared<kQueries, kStages>& shared,
-                                     Turn<kStages>& turn, float (&sums)[kQueries / 2], float (&squares)[2]) {
+                                     Turn<kStages>& turn, Sum (&sums)[kQueries / 2], float (&squares)[2]) {
     const unsigned group_begin = threadIdx.x / kGroupThreads * kGroupKeys * ptx::kBoxRowBytes;
     const int n_steps = shape.n_parts * shape.n_steps, first_measured = n_steps - shape.n_steps;
     int before = -1;  // the stage whose products may still be under way
@@ -138,13 +156,14 @@ __device__ inline void multiply_tile(const FusedShape& shape, FusedShared<kQueri
         const std::uint32_t queries = ptx::shared_address(shared.queries[turn.stage]);
         ptx::wgmma_fence();
 #pragma unroll
-        for (int depth = 0; depth < kColumns; depth += kDepth) {
-            multiply(sums, ptx::matrix_at(keys + 2 * depth), ptx::matrix_at(queries + 2 * depth),
-                     step > 0 || depth > 0);
+        for (std::uint32_t bytes = 0; bytes < ptx::kBoxRowBytes; bytes += ptx::kProductBytes) {
+            multiply(sums, ptx::matrix_at(keys + bytes), ptx::matrix_at(queries + bytes), step > 0 || bytes > 0);
         }
         ptx::wgmma_commit();
-        if (step >= first_measured) {
-            add_squares(group_keys, squares);
+        if constexpr (std::is_same_v<Sum, float>) {
+            if (step >= first_measured) {
+                add_squares(group_keys, squares);
+            }
         }
         ptx::wgmma_wait<1>(sums);
         if (before >= 0) {
@@ -174,61 +193,91 @@ __device__ inline double square_in_double(const Selection& selection, std::int64
     return square < kInfinity ? square : kInfinity;
 }
 
-struct KeyOfThread {
+// A key this thread holds sums of: whether it takes part, being in the chunk and finite, and what bounds its errors.
+template <class Sum>
+struct KeyOfThread;
+template <>
+struct KeyOfThread<float> {
     std::int64_t row = 0;
+    bool is_there = false;
     float norm = 0.0f;
-    bool is_there = false;  // in the chunk, and finite
+};
+template <>
+struct KeyOfThread<std::int32_t> {
+    std::int64_t row = 0;
+    bool is_there = false;
+    float step = 0.0f;
+    float margin = 0.0f;
 };
 
-__device__ inline KeyOfThread key_of_thread(const FusedShape& shape, std::int64_t row, float square, bool counts) {
-    KeyOfThread key = {row, 0.0f, row < shape.selection.keys.n_keys};
+// `square`: of its norm, as summed from the stages. `counts`: this thread counts it if it is not finite.
+__device__ inline void look_at(const FusedShape& shape, float square, bool counts, KeyOfThread<float>& key) {
     auto wide = static_cast<double>(square);
     if (key.is_there && !(square < kFloatInfinity)) {
-        wide = square_in_double(shape.selection, row);
+        wide = square_in_double(shape.selection, key.row);
         key.is_there = wide < kInfinity;
         if (!key.is_there && counts) {
             atomicAdd(reinterpret_cast<unsigned long long*>(shape.counters.n_nonfinite), 1ull);
             atomicMin(reinterpret_cast<long long*>(shape.counters.first_nonfinite),
-                      static_cast<long long>(shape.selection.first_row + row));
+                      static_cast<long long>(shape.selection.first_row + key.row));
         }
     }
     key.norm = norm_above(wide, shape.selection.keys.key_dim);
-    return key;
+}
+
+// Whoever quantised the rows has counted those that are not finite, and left them a NaN.
+__device__ inline void look_at(const FusedShape& shape, float, bool, KeyOfThread<std::int32_t>& key) {
+    if (key.is_there) {
+        key.step = shape.steps.steps[key.row];
+        key.margin = shape.steps.margins[key.row];
+        key.is_there = key.margin == key.margin;
+    }
+}
+
+// Whether the pair's score, in its favour, reaches the limit: upwards in every rounding; a NaN does.
+__device__ inline bool may_reach(float sum, const KeyOfThread<float>& key, const QueryLimit& query) {
+    return !(__fmaf_ru(key.norm, query.margin, sum) < query.limit && key.norm < query.largest_norm);
+}
+__device__ inline bool may_reach(std::int32_t sum, const KeyOfThread<std::int32_t>& key, const QueryLimit& query) {
+    const float in_key_steps = __fmaf_ru(query.step, __int2float_ru(sum), query.margin);
+    return !(__fmaf_ru(key.step, in_key_steps, __fmul_ru(query.step, key.margin)) < query.limit);
 }
 
 // No store of this kernel changes them, so that loads may run ahead.
 __device__ inline QueryLimit load_limit(const FusedScratch& scratch, std::int64_t query) {
     const uint4 words = __ldg(reinterpret_cast<const uint4*>(scratch.limits + query));
-    return {__uint_as_float(words.x), __uint_as_float(words.y), __uint_as_float(words.z), 0.0f};
+    return {__uint_as_float(words.x), __uint_as_float(words.y), __uint_as_float(words.z), __uint_as_float(words.w)};
 }
 
-// Rare.
-__device__ inline void append(const FusedScratch& scratch, const QueryLimit& limit, const KeyOfThread& key,
+// Rare. The limit of a query that is none, or left out, is infinite.
+__device__ inline void append(const FusedScratch& scratch, const QueryLimit& limit, std::int64_t row,
                               std::int64_t query) {
-    if (!key.is_there || limit.limit == kFloatInfinity) {  // such a query is none, or left out
+    if (limit.limit == kFloatInfinity) {
         return;
     }
     const std::int32_t place = atomicAdd(&scratch.counts[query], std::int32_t{1});
     if (place < scratch.capacity) {
-        scratch.candidates[query * scratch.capacity + place] = static_cast<std::int32_t>(key.row);
+        scratch.candidates[query * scratch.capacity + place] = static_cast<std::int32_t>(row);
     }
 }
 
 // Writes down the pairs of the tile that may belong among the hits.
-template <int kQueries>
-__device__ inline void append_survivors(const FusedShape& shape, std::int64_t tile, const float (&sums)[kQueries / 2],
+template <int kQueries, class Sum>
+__device__ inline void append_survivors(const FusedShape& shape, std::int64_t tile, const Sum (&sums)[kQueries / 2],
                                         float (&squares)[2]) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    const auto first_row = static_cast<std::int64_t>(threadIdx.x) / kLanes * 16 + lane / 4;
+    const std::int64_t first_row =
+        tile / shape.n_query_tiles * kKeys + static_cast<std::int64_t>(threadIdx.x) / kLanes * 16 + lane / 4;
     const std::int64_t first_query = tile % shape.n_query_tiles * kQueries + 2 * (lane % 4);
     const bool counts = lane % 4 == 0 && tile % shape.n_query_tiles == 0;
-    KeyOfThread own[2];
+    KeyOfThread<Sum> own[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+        own[half].row = first_row + 8 * half;
+        own[half].is_there = own[half].row < shape.selection.keys.n_keys;
         squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 1);
         squares[half] += __shfl_xor_sync(kAllLanes, squares[half], 2);
-        own[half] =
-            key_of_thread(shape, tile / shape.n_query_tiles * kKeys + first_row + 8 * half, squares[half], counts);
+        look_at(shape, squares[half], counts, own[half]);
     }
 #pragma unroll
     for (int column = 0; column < kQueries / 8; ++column) {
@@ -237,19 +286,15 @@ __device__ inline void append_survivors(const FusedShape& shape, std::int64_t ti
         unsigned survivors = 0;
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
-            const QueryLimit& limit = limits[place % 2];
-            const float norm = own[place / 2].norm;
-            // upwards in one rounding; a NaN survives
-            const float best = __fmaf_ru(norm, limit.margin, sums[4 * column + place]);
-            survivors |= best < limit.limit && norm < limit.largest_norm ? 0u : 1u << place;
+            survivors |= may_reach(sums[4 * column + place], own[place / 2], limits[place % 2]) ? 1u << place : 0u;
         }
         if (survivors == 0) {
             continue;
         }
 #pragma unroll
         for (int place = 0; place < 4; ++place) {
-            if ((survivors >> place & 1u) != 0) {
-                append(shape.scratch, limits[place % 2], own[place / 2], query + place % 2);
+            if ((survivors >> place & 1u) != 0 && own[place / 2].is_there) {
+                append(shape.scratch, limits[place % 2], own[place / 2].row, query + place % 2);
             }
         }
     }

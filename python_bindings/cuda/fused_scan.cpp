@@ -8,35 +8,61 @@
 namespace rep_fast::python {
 namespace {
 
-void take_factor(DeviceArgs& args, const py::object& factor, int n_parts, cuda::FusedScan& scan) {
-    const auto parts = args.take(factor, "factor").matrix<const BFloat16>();
-    scan.factor = parts.data;
-    scan.factor_stride = parts.row_stride;
-    scan.n_parts = n_parts;
-    scan.selection.n_queries = parts.rows / n_parts;
+struct StepTensors {
+    const py::object &values, &steps, &margins, &query_steps;
+};
+
+// The queries' side of the product, int8 where the keys are in whole steps.
+void take_factor(DeviceArgs& args, const py::object& factor, int n_parts, bool is_in_steps, cuda::FusedScan& scan) {
+    const auto take = [&](const auto& parts) {
+        scan.factor = parts.data;
+        scan.factor_stride = parts.row_stride;
+        scan.n_parts = n_parts;
+        scan.selection.n_queries = parts.rows / n_parts;
+    };
+    if (is_in_steps) {
+        take(args.take(factor, "factor").matrix<const std::int8_t>());
+    } else {
+        take(args.take(factor, "factor").matrix<const BFloat16>());
+    }
+}
+
+void take_steps(DeviceArgs& args, const StepTensors& given, cuda::FusedScan& scan) {
+    const auto values = args.take(given.values, "key_values").matrix<const std::int8_t>();
+    REP_FAST_CHECK(values.row_stride == values.cols && values.cols == scan.factor_stride,
+                   "key_values and factor must be contiguous and of one width, got row strides "
+                       << values.row_stride << " and " << scan.factor_stride);
+    scan.steps = {values.data, values.cols, args.vector<const float>(given.steps, "key_steps"),
+                  args.vector<const float>(given.margins, "key_margins"),
+                  args.vector<const float>(given.query_steps, "query_steps")};
 }
 
 bool can_fuse(const py::object& keys, const py::object& factor, int n_parts) {
     DeviceArgs args;
     cuda::FusedScan scan;
     scan.selection.keys = chunk_arg(args, keys, "keys");
-    take_factor(args, factor, n_parts, scan);
+    take_factor(args, factor, n_parts, false, scan);
     return cuda::can_fuse(scan);
 }
 
+// With key_values the product is one of rows in whole steps.
 void scan_fused(const py::object& keys, std::int64_t first_row, std::int64_t first_id, const py::object& factor,
                 int n_parts, const py::object& counters, const py::object& limits, const py::object& counts,
                 const py::object& candidates, const py::object& queries, const py::object& margins,
                 const py::object& slacks, const py::object& token_ids, const py::object& sequence_starts,
                 const py::object& last_tokens, const py::object& lookback, std::int64_t window,
                 const py::object& indptr, const py::object& subjects, const py::object& scores, const py::object& ids,
-                std::uintptr_t stream) {
+                std::uintptr_t stream, const py::object& key_values, const py::object& key_steps,
+                const py::object& key_margins, const py::object& query_steps) {
     DeviceArgs args;
     cuda::FusedScan scan;
     scan.selection.keys = chunk_arg(args, keys, "keys");
     scan.selection.first_row = first_row;
     scan.selection.first_id = first_id;
-    take_factor(args, factor, n_parts, scan);
+    take_factor(args, factor, n_parts, !key_values.is_none(), scan);
+    if (!key_values.is_none()) {
+        take_steps(args, {key_values, key_steps, key_margins, query_steps}, scan);
+    }
     take_queries(args, {queries, margins, slacks, scores, ids}, scan.selection);
     take_rules(args, {token_ids, sequence_starts, last_tokens, lookback, window, indptr, subjects}, scan.selection);
     auto* const bad_rows = args.vector<std::int64_t>(counters, "counters");
@@ -60,7 +86,8 @@ void bind_cuda_fused_scan(py::module_& m) {
           py::arg("factor"), py::arg("n_parts"), py::arg("counters"), py::arg("limits"), py::arg("counts"),
           py::arg("candidates"), py::arg("queries"), py::arg("margins"), py::arg("slacks"), py::arg("token_ids"),
           py::arg("sequence_starts"), py::arg("last_tokens"), py::arg("lookback"), py::arg("window"), py::arg("indptr"),
-          py::arg("subjects"), py::arg("scores"), py::arg("ids"), py::arg("stream"));
+          py::arg("subjects"), py::arg("scores"), py::arg("ids"), py::arg("stream"), py::arg("key_values") = py::none(),
+          py::arg("key_steps") = py::none(), py::arg("key_margins") = py::none(), py::arg("query_steps") = py::none());
 }
 
 }  // namespace rep_fast::python

@@ -1,7 +1,8 @@
 """The scan's second body on a GPU: the selection inside the product (sm_90), where no scores are written down.
 
-The first body, a library product and a kernel that selects, serves until this one has been measured beside it.
-`REP_FAST_GPU_SCAN=fused` asks for it; keys it does not take are still served by the first.
+It multiplies bfloat16 keys as they are, or keys of any type in whole steps of int8. The first body, a library product
+and a kernel that selects, serves until this one has been measured beside it: `REP_FAST_GPU_SCAN=fused` asks for it, and
+keys it does not take are still served by the first.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from rep_fast.errors import BackendError
+from rep_fast.ops.scan_int8 import DitheredQueries, QuantisedKeys
 from rep_fast.ops.scan_products import PreparedQueries
 
 BODIES = ("product", "fused")
-# Few keys leave low limits, and long lists: the first keys of a block go through the other body.
+# Few keys leave low limits, and long lists: the first keys of a stream go through the other body.
 _OPENING_ROWS = 4096
 _CHUNK_ROWS = 1 << 16
+_TILE_KEYS, _TILE_QUERIES = 128, 256
 _STAGED_BYTES = 1 << 28  # of a chunk that comes from the host
 _LIST_BYTES = 32 << 20
 _HOPPER = (9, 0)
@@ -47,7 +50,7 @@ class FusedChunks:
 
     Args:
         module: `rep_fast._C_cuda`.
-        queries: of a bfloat16 pass.
+        queries: of a bfloat16 pass or of the int8 one.
         counters: [2] int64, rows that are not finite and the first of them.
         rows: keys of a chunk at most.
     """
@@ -64,34 +67,65 @@ class FusedChunks:
             "counts": torch.empty(n_queries, dtype=torch.int32, device=device),
             "candidates": torch.empty(n_queries, capacity, dtype=torch.int32, device=device),
         }
+        self._quantised: QuantisedKeys | None = None
+        if isinstance(queries, DitheredQueries):
+            self._quantised = QuantisedKeys(module, queries, rows, counters)
+            self._operands |= {"query_steps": queries.steps}
 
     def scan(self, chunk: Tensor, first_row: int, **given: Any) -> None:
         """Let keys [n, M] that belong there into the running hits; `given`: queries and rules, as for `select_hits`."""
+        if self._quantised is not None:
+            values, steps, margins = self._quantised.take(chunk, first_row)
+            given |= {"key_values": values, "key_steps": steps, "key_margins": margins}
         self._scan(keys=chunk, first_row=first_row, **self._operands, **given)
 
 
-def fused_begin(module: ModuleType, keys: Tensor, queries: PreparedQueries) -> int:
+def fused_begin(module: ModuleType, keys: Tensor, queries: PreparedQueries, n_seen: int) -> int:
     """Row of `keys` from which on the fused body serves; the number of rows where it does not.
 
+    Args:
+        n_seen: keys of the stream before these.
     Raises:
         BackendError: see `is_fused_asked_for`.
     """
-    is_served = (
-        is_fused_asked_for(queries.rows.device)
-        and queries.factor is not None
-        and queries.factor.dtype == keys.dtype == torch.bfloat16
-        and 0 < _OPENING_ROWS < len(keys)
-    )
-    if not is_served:
+    begin = max(_OPENING_ROWS - n_seen, 0)
+    if not is_fused_asked_for(queries.rows.device) or queries.factor is None or begin >= len(keys):
         return len(keys)
+    return begin if _takes(module, keys, queries) else len(keys)
+
+
+def _takes(module: ModuleType, keys: Tensor, queries: PreparedQueries) -> bool:
+    if isinstance(queries, DitheredQueries):
+        return True  # whatever the keys are, they are multiplied as they were quantised
+    assert queries.factor is not None
+    if not queries.factor.dtype == keys.dtype == torch.bfloat16:
+        return False
     # what is on the host comes to the device contiguous
     there = keys if keys.device == queries.rows.device else queries.factor
-    can_fuse = module.can_fuse(keys=there, factor=queries.factor, n_parts=queries.n_parts)
-    return _OPENING_ROWS if can_fuse else len(keys)
+    can_fuse: bool = module.can_fuse(keys=there, factor=queries.factor, n_parts=queries.n_parts)
+    return can_fuse
 
 
-def fused_rows(keys: Tensor, device: torch.device) -> int:
-    """Keys per chunk: enough tiles for every multiprocessor, unless they are copied from the host first."""
-    if keys.device == device:
-        return _CHUNK_ROWS
-    return max(min(_CHUNK_ROWS, _STAGED_BYTES // (2 * keys.shape[1])), 1)
+def fused_rows(keys: Tensor, queries: PreparedQueries) -> int:
+    """Keys per chunk: enough tiles for every multiprocessor, unless they are copied from the host first.
+
+    Of keys in whole steps a chunk is no longer than that, so that the cache may still hold what was quantised.
+    """
+    device, rows = queries.rows.device, _CHUNK_ROWS
+    if isinstance(queries, DitheredQueries):
+        rows = min(rows, rows_for_every_multiprocessor(len(queries.rows), _n_multiprocessors(device)))
+    if keys.device != device:
+        rows = min(rows, _STAGED_BYTES // (keys.element_size() * max(keys.shape[1], 1)))
+    return max(rows, 1)
+
+
+def rows_for_every_multiprocessor(n_queries: int, n_multiprocessors: int) -> int:
+    """Keys whose tiles give each multiprocessor one at least."""
+    query_tiles = max(-(-n_queries // _TILE_QUERIES), 1)
+    return -(-n_multiprocessors // query_tiles) * _TILE_KEYS
+
+
+def _n_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -95,43 +95,53 @@ def prepare_dithered(module: ModuleType, rows: Tensor, keys: Tensor, *, delta: f
     )
 
 
+class QuantisedKeys:
+    """Chunks of at most `rows` keys in whole steps, one at a time, in memory that is used again."""
+
+    def __init__(self, module: ModuleType, queries: DitheredQueries, rows: int, counters: Tensor) -> None:
+        assert queries.factor is not None
+        device = queries.rows.device
+        self._quantise, self._queries, self._counters = module.quantise_rows, queries, counters
+        n_padded = _padded(rows, module.quantised_multiple)
+        self.values = torch.zeros(n_padded, queries.factor.shape[1], dtype=torch.int8, device=device)
+        self._steps, self._margins = torch.empty(2, rows, device=device)
+
+    def take(self, chunk: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Values [n, M'] int8, steps and margins [n] float32 of the keys `chunk` [n, M]; counts those not finite."""
+        n = len(chunk)
+        values, steps, margins = self.values[:n], self._steps[:n], self._margins[:n]
+        self._quantise(
+            rows=chunk,
+            columns=self._queries.key_columns,
+            constant=self._queries.constant,
+            first_id=first_row,
+            values=values,
+            steps=steps,
+            margins=margins,
+            counters=self._counters,
+            stream=stream_number(values.device),
+        )
+        return values, steps, margins
+
+
 class Int8Chunks:
     """Scores of chunks of at most `rows` keys by an integer product."""
 
     def __init__(self, module: ModuleType, queries: DitheredQueries, rows: int, counters: Tensor) -> None:
         assert queries.factor is not None
-        device, self._multiple = queries.rows.device, module.quantised_multiple
-        n_padded = _padded(rows, self._multiple)
-        self._module, self._queries, self._counters = module, queries, counters
-        self._factor = queries.factor
-        self._values = torch.zeros(n_padded, self._factor.shape[1], dtype=torch.int8, device=device)
-        self._sums = torch.empty(len(self._factor) * n_padded, dtype=torch.int32, device=device)
-        self._steps, self._margins = torch.empty(2, rows, device=device)
+        self._factor, self._query_steps, self._multiple = queries.factor, queries.steps, module.quantised_multiple
+        self._keys = QuantisedKeys(module, queries, rows, counters)
+        n_sums = len(self._factor) * len(self._keys.values)
+        self._sums = torch.empty(n_sums, dtype=torch.int32, device=queries.rows.device)
 
     def scored(self, chunk: Tensor, first_row: int) -> dict[str, Tensor]:
         """What `select_hits` reads of the keys `chunk` [n, M]; counts the rows that are not finite."""
-        n = len(chunk)
-        n_padded = _padded(n, self._multiple)
-        self._module.quantise_rows(
-            rows=chunk,
-            columns=self._queries.key_columns,
-            constant=self._queries.constant,
-            first_id=first_row,
-            values=self._values[:n],
-            steps=self._steps[:n],
-            margins=self._margins[:n],
-            counters=self._counters,
-            stream=stream_number(self._values.device),
-        )
+        n_padded = _padded(len(chunk), self._multiple)
+        _, steps, margins = self._keys.take(chunk, first_row)
         sums = self._sums[: len(self._factor) * n_padded].view(len(self._factor), n_padded)
         # rows behind the chunk hold zeros or keys of the chunk before: nobody reads their sums
-        torch._int_mm(self._factor, self._values[:n_padded].T, out=sums)
-        return {
-            "approximate": sums,
-            "norms": self._margins[:n],
-            "key_steps": self._steps[:n],
-            "query_steps": self._queries.steps,
-        }
+        torch._int_mm(self._factor, self._keys.values[:n_padded].T, out=sums)
+        return {"approximate": sums, "norms": margins, "key_steps": steps, "query_steps": self._query_steps}
 
 
 def _padded(n: int, multiple: int) -> int:

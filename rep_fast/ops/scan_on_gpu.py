@@ -29,6 +29,7 @@ def scan_on_gpu(
     *,
     first_id: int,
     window: int,
+    n_seen: int = 0,
     **rules: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """State after `keys` and counts, as the custom op in `rep_fast.ops.whitened_topk` returns them.
@@ -37,6 +38,7 @@ def scan_on_gpu(
         module: `rep_fast._C_cuda`.
         keys: [N, M] on the queries' device, or on the host: then they are copied ahead of the work.
         scores, ids: [S, k] the state before, not changed.
+        n_seen: keys of the stream before these, as far as known.
         rules: the tensors of the exclusion rules.
     """
     device = queries.rows.device
@@ -60,11 +62,11 @@ def scan_on_gpu(
         if isinstance(queries, DitheredQueries)
         else _FloatChunks(module, queries, keys, rows, counters)
     )
-    begin = fused_begin(module, keys, queries)
+    begin = fused_begin(module, keys, queries, n_seen)
     for first, chunk in chunks_on(device, keys[:begin], rows):
         module.select_hits(keys=chunk, first_row=first, **chunks.scored(chunk, first), **given)
     if begin < len(keys):
-        fused_chunk = fused_rows(keys, device)
+        fused_chunk = min(fused_rows(keys, queries), len(keys) - begin)
         fused = FusedChunks(module, queries, counters, fused_chunk)
         for first, chunk in chunks_on(device, keys[begin:], fused_chunk):
             fused.scan(chunk, begin + first, **given)

@@ -157,7 +157,7 @@ def _scanned(
         return found
     kept = queries if isinstance(queries, ScanQueries) else None
     if chosen.is_cuda:
-        return _gpu_scan(chosen.module, *tensors, **options, kept=kept)
+        return _gpu_scan(chosen.module, *tensors, **options, kept=kept, n_seen=before.n_keys_seen)
     packings = None if kept is None else kept.packings(chosen.module)
     return _native_scan(chosen.module, chosen.level, *tensors, **options, packings=packings)
 
@@ -225,7 +225,7 @@ def _whitened_topk(
     chosen = _with_room(choose_or_warn("whitened_topk", keys.device), ids.shape[1])
     options = {"first_id": first_id, "precision": precision, "delta": delta, "seed": seed, **rules}
     if chosen.module is not None and chosen.is_cuda:
-        return _gpu_scan(chosen.module, keys, queries, scores, ids, **options, kept=None)
+        return _gpu_scan(chosen.module, keys, queries, scores, ids, **options, kept=None, n_seen=0)
     if chosen.module is not None:
         return _native_scan(chosen.module, chosen.level, keys, queries, scores, ids, **options, packings=None)
     _outputs(keys, queries, scores, ids, **options)

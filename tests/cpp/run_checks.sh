@@ -96,14 +96,14 @@ check_hopper_code() { # object
     local missing
     missing=$(cuobjdump -sass -arch sm_90a "$1" | awk '
         /Function :/ { name = $3; if (name ~ /fused_scan_kernel/) { wanted[name] = 1; n += 1 } }
-        /HGMMA/ { has_product[name] = 1 }
+        /HGMMA|IGMMA/ { has_product[name] = 1 }
         /UTMALDG/ { has_copy[name] = 1 }
         END { if (n == 0) print "any"; for (name in wanted) if (!(has_product[name] && has_copy[name])) print name }')
     if [ -n "$missing" ]; then
-        echo "HGMMA or UTMALDG are missing in the sm_90a code of fused_scan_kernel: $missing" >&2
+        echo "HGMMA (IGMMA for int8) or UTMALDG are missing in the sm_90a code of fused_scan_kernel: $missing" >&2
         return 1
     fi
-    echo "cuda: the fused scan multiplies by HGMMA and copies by UTMALDG"
+    echo "cuda: the fused scan multiplies by HGMMA and IGMMA and copies by UTMALDG"
 }
 
 if command -v nvcc >/dev/null; then

@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
     test_accumulate_moment();
     test_hopper_instructions();
     test_fused_scan();
+    test_fused_scan_int8();
     test_gated_adapter();
     test_number();
     test_packed_scores();

@@ -1,6 +1,5 @@
 // The fused scan against brute force: the same hits as any other body gives, whatever the schedule, the tile and the
 // room in its lists.
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -10,41 +9,30 @@
 #include "core/error.h"
 #include "cuda/fused_scan.h"
 #include "executor.h"
-#include "guarded.h"
+#include "fused_case.h"
+#include "key_numbers.h"
 #include "tests.h"
-#include "whole_number_scan.h"
 
 namespace {
 
 using rep_fast::BFloat16;
 using rep_fast::DType;
+using rep_fast::tests::as_key;
 namespace cuda = rep_fast::cuda;
 
-constexpr float kFloatInfinity = std::numeric_limits<float>::infinity();
-
 BFloat16 cut(float value) {
-    return {static_cast<std::uint16_t>(__builtin_bit_cast(std::uint32_t, value) >> 16)};
+    return as_key<BFloat16>(value);
 }
 
-std::int64_t in_eights(std::int64_t n) {
-    return (n + 7) / 8 * 8;
-}
-
-// A scan whose rows begin where the copy engine takes them, with the fused body's operands.
-struct FusedCase : Scan {
+// With bfloat16 operands.
+struct Case : FusedCase {
     std::int64_t factor_stride;
     int n_parts;
-    std::int64_t capacity = 1000;
-    bool with_rule = false;
     float relative_margin = 0.0f;
     std::vector<BFloat16> factor;
-    std::vector<std::int32_t> counts;  // of the last chunk
 
-    FusedCase(std::int64_t keys_, std::int64_t queries_, std::int64_t dim, std::int64_t k_, unsigned seed,
-              int parts = 1)
-        : Scan(keys_, queries_, dim, k_, seed, in_eights(dim) - dim + 8),
-          factor_stride(in_eights(dim)),
-          n_parts(parts) {}
+    Case(std::int64_t keys_, std::int64_t queries_, std::int64_t dim, std::int64_t k_, unsigned seed, int parts = 1)
+        : FusedCase(keys_, queries_, dim, k_, seed), factor_stride(in_eights(dim)), n_parts(parts) {}
 
     // The queries in parts, each of which is what bfloat16 holds of the rest.
     void split_queries() {
@@ -59,6 +47,12 @@ struct FusedCase : Scan {
                 }
             }
         }
+    }
+
+    void give_operands(cuda::FusedScan& scan) const {
+        scan.factor = factor.data();
+        scan.factor_stride = factor_stride;
+        scan.n_parts = n_parts;
     }
 
     [[nodiscard]] float margin(std::int64_t query) const {
@@ -80,79 +74,15 @@ struct FusedCase : Scan {
     }
 };
 
-cuda::FusedScan chunk_of(FusedCase& input, std::int64_t first, std::int64_t rows, Found& found) {
-    cuda::FusedScan scan;
-    scan.selection.keys = {&input.keys[static_cast<std::size_t>(first * input.stride)], DType::kBFloat16, rows,
-                           input.key_dim, input.stride};
-    scan.selection.first_row = first;
-    scan.selection.first_id = 1000;
-    scan.selection.queries = input.queries.data();
-    scan.selection.query_stride = input.key_dim;
-    scan.selection.n_queries = input.n_queries;
-    scan.selection.scores = found.scores.data();
-    scan.selection.ids = found.ids.data();
-    scan.selection.k = input.k;
-    if (input.with_rule) {
-        scan.selection.last_token = {input.tokens.data(),
-                                     input.starts.data(),
-                                     std::ssize(input.starts),
-                                     input.last_tokens.data(),
-                                     input.lookback.data(),
-                                     std::ssize(input.lookback),
-                                     input.window};
-    }
-    scan.factor = input.factor.data();
-    scan.factor_stride = input.factor_stride;
-    scan.n_parts = input.n_parts;
-    scan.counters = {nullptr, &found.n_nonfinite, &found.first_nonfinite};
-    return scan;
-}
-
-// The state after the first `n_keys` keys, by brute force.
-Found state_after(const FusedCase& input, std::int64_t n_keys) {
-    Found found;
-    FusedCase front = input;
-    front.n_keys = n_keys;
-    for (std::int64_t query = 0; query < input.n_queries; ++query) {
-        const std::vector<bool> is_finite(static_cast<std::size_t>(n_keys), true);
-        for (const Hit& hit : front.brute_force(query, input.with_rule, is_finite)) {
-            found.scores.push_back(hit.score);
-            found.ids.push_back(hit.id);
-        }
-    }
-    return found;
-}
-
 // Scans in chunks of `chunk` keys what follows the first `n_before`.
-Found scan(FusedCase& input, std::int64_t chunk, std::int64_t n_before = 0) {
-    Found found = state_after(input, n_before);
+Found scan(Case& input, std::int64_t chunk, std::int64_t n_before = 0) {
     input.split_queries();
     std::vector<float> margins;
-    const std::vector<float> slacks(static_cast<std::size_t>(input.n_queries), 0.0f);
     for (std::int64_t query = 0; query < input.n_queries; ++query) {
         margins.push_back(input.margin(query));
     }
-    Guarded<cuda::QueryLimit> limits(static_cast<std::size_t>(cuda::padded_queries(input.n_queries)));
-    Guarded<std::int32_t> counts(static_cast<std::size_t>(input.n_queries));
-    Guarded<std::int32_t> candidates(static_cast<std::size_t>(input.n_queries * input.capacity));
-    for (std::int64_t first = n_before; first < input.n_keys; first += chunk) {
-        cuda::FusedScan one = chunk_of(input, first, std::min(chunk, input.n_keys - first), found);
-        one.selection.query_margins = margins.data();
-        one.selection.query_slacks = slacks.data();
-        one.scratch = {limits.data(), counts.data(), candidates.data(), input.capacity};
-        cuda::scan_fused(one, nullptr);
-    }
-    input.counts.assign(counts.begin(), counts.end());
-    return found;
-}
-
-std::vector<bool> all_finite(const FusedCase& input) {
-    return std::vector<bool>(static_cast<std::size_t>(input.n_keys), true);
-}
-
-bool same_bits(const Found& a, const Found& b) {
-    return a.scores == b.scores && a.ids == b.ids && a.n_nonfinite == b.n_nonfinite &&
-           a.first_nonfinite == b.first_nonfinite;
+    return scan_by(input, chunk, n_before, margins,
+                   [&](cuda::FusedScan& one, std::int64_t) { input.give_operands(one); });
 }
 
 void test_hits_are_exact() {
@@ -164,24 +94,24 @@ void test_hits_are_exact() {
                  {240, 200, 600, 2, 140, 100}};
     for (const auto& one : cases) {
         for (const bool with_rule : {false, true}) {
-            FusedCase input(one.n_keys, one.n_queries, one.key_dim, one.k, 7);
+            Case input(one.n_keys, one.n_queries, one.key_dim, one.k, 7);
             input.with_rule = with_rule;
             input.relative_margin = with_rule ? 0.01f : 0.0f;
             cuda_on_cpu::set_seed(static_cast<std::uint64_t>(one.n_keys));
             const Found found = scan(input, one.chunk, one.n_before);
             EXPECT(found.n_nonfinite == 0);
-            expect_brute_force(input, found, with_rule, all_finite(input));
+            expect_brute_force(input, found, with_rule, input.all_finite());
         }
     }
 }
 
 // Blocks and threads in any order, lists of any length, chunks of any size.
 void test_schedule_and_lists_change_nothing() {
-    FusedCase input(700, 5, 300, 6, 3);  // more stages than the ring has
+    Case input(700, 5, 300, 6, 3);  // more stages than the ring has
     input.relative_margin = 0.02f;
     cuda_on_cpu::set_seed(0);
     const Found first = scan(input, 700, 100);
-    expect_brute_force(input, first, false, all_finite(input));
+    expect_brute_force(input, first, false, input.all_finite());
     for (std::uint64_t seed = 1; seed < 5; ++seed) {
         cuda_on_cpu::set_seed(seed);
         input.capacity = seed == 4 ? 1 : static_cast<std::int64_t>(20 * seed);
@@ -191,12 +121,12 @@ void test_schedule_and_lists_change_nothing() {
 
 // With sums that are exact and no margin, the list holds the pairs that reach the k-th best score, and no others.
 void test_lists_hold_what_reaches_the_limit(int n_parts) {
-    FusedCase input(900, 140, 40, 5, 13, n_parts);
+    Case input(900, 140, 40, 5, 13, n_parts);
     for (float& weight : input.queries) {
         weight += n_parts == 2 ? weight / 512 : 0.0f;  // 8 bits do not hold them, 16 do
     }
     const Found found = scan(input, 450, 450);
-    expect_brute_force(input, found, false, all_finite(input));
+    expect_brute_force(input, found, false, input.all_finite());
     const Found before = state_after(input, 450);
     for (std::int64_t query = 0; query < input.n_queries; ++query) {
         const double floor = before.scores[static_cast<std::size_t>(query * input.k + input.k - 1)];
@@ -210,7 +140,7 @@ void test_lists_hold_what_reaches_the_limit(int n_parts) {
 
 // The margin counts with the whole norm of a key, and with little more.
 void test_margins_count_with_the_norm(int n_parts) {
-    FusedCase input(600, 20, 90, 5, 17, n_parts);
+    Case input(600, 20, 90, 5, 17, n_parts);
     input.relative_margin = 0.1f;
     scan(input, 300, 300);
     const Found before = state_after(input, 300);
@@ -229,9 +159,9 @@ void test_margins_count_with_the_norm(int n_parts) {
 
 void test_rows_that_are_not_finite_are_left_out_and_counted() {
     for (const std::int64_t capacity : {1000, 3}) {
-        FusedCase input(400, 3, 20, 8, 3);
+        Case input(400, 3, 20, 8, 3);
         input.capacity = capacity;
-        auto is_finite = all_finite(input);
+        auto is_finite = input.all_finite();
         for (const std::size_t row : {17u, 18u, 399u}) {
             is_finite[row] = false;
             input.keys[row * static_cast<std::size_t>(input.stride) + row % 20] = {
@@ -247,7 +177,7 @@ void test_rows_that_are_not_finite_are_left_out_and_counted() {
 // Such a product says nothing of the score: beyond float32 on the way, and below every limit at the end, though the
 // score is the best of all. And the square of the norm is beyond float32, though the row is finite.
 void test_products_that_overflow_are_scored_exactly() {
-    FusedCase input(300, 2, 80, 4, 29);
+    Case input(300, 2, 80, 4, 29);
     input.relative_margin = 0x1p-16f;
     for (std::int64_t query = 0; query < 2; ++query) {
         input.queries[static_cast<std::size_t>(query * 80)] = 8.0f;
@@ -262,11 +192,11 @@ void test_products_that_overflow_are_scored_exactly() {
     const Found found = scan(input, 150, 50);
     EXPECT(found.n_nonfinite == 0);
     EXPECT(found.ids[0] == 1290 && found.ids[4] == 1290);
-    expect_brute_force(input, found, false, all_finite(input));
+    expect_brute_force(input, found, false, input.all_finite());
 }
 
 void test_a_query_without_margin_keeps_its_state() {
-    FusedCase input(50, 2, 8, 4, 1);
+    Case input(50, 2, 8, 4, 1);
     input.queries[3] = std::numeric_limits<float>::quiet_NaN();  // its norm, and so its margin, is NaN
     input.relative_margin = 0.01f;
     const Found found = scan(input, 30);
@@ -287,11 +217,12 @@ void test_the_tile_computes_little_that_nobody_asked_for() {
 }
 
 void test_layouts_the_copy_engine_does_not_take_are_refused() {
-    FusedCase input(20, 2, 8, 3, 1);
+    Case input(20, 2, 8, 3, 1);
     input.split_queries();
     Found found;
     const auto refused = [&](auto change) {
         cuda::FusedScan one = chunk_of(input, 0, 20, found);
+        input.give_operands(one);
         EXPECT(cuda::can_fuse(one));
         change(one);
         EXPECT(!cuda::can_fuse(one));

@@ -11,17 +11,21 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/ptx/wgmma_int8.cuh"
 #include "cuda/tensor_map.cuh"
 #include "execution_errors.h"
+#include "key_numbers.h"
 #include "tests.h"
 
 namespace {
 
+using rep_fast::BFloat16;
 using rep_fast::cuda::BoxedMatrix;
 using rep_fast::cuda::launch;
 using rep_fast::cuda::LaunchShape;
 using rep_fast::cuda::make_tensor_map;
 using rep_fast::cuda::shared_as;
+using rep_fast::tests::as_key;
 namespace ptx = rep_fast::cuda::ptx;
 
 constexpr int kRounds = 7;
@@ -113,6 +117,7 @@ void test_misuse_of_barriers_is_found() {
 // ---- boxes -------------------------------------------------------------------------------------------------------
 
 constexpr int kBoxRows = 24;
+constexpr int kBoxColumns = ptx::kBoxColumns<std::uint16_t>;
 
 struct BoxShared {
     alignas(1024) unsigned char box[kBoxRows * ptx::kBoxRowBytes];
@@ -132,7 +137,7 @@ __global__ void bring_box(const ptx::TensorMap map, int column, int row, std::ui
     if (kWaits) {
         ptx::mbarrier_try_wait_parity(&shared.landed, 0);
     }
-    for (unsigned place = threadIdx.x; place < kBoxRows * ptx::kBoxColumns; place += blockDim.x) {
+    for (unsigned place = threadIdx.x; place < kBoxRows * kBoxColumns; place += blockDim.x) {
         out[place] = *reinterpret_cast<const std::uint16_t*>(shared.box + ptx::swizzled(2 * place));
     }
     ptx::mbarrier_try_wait_parity(&shared.landed, 0);
@@ -162,13 +167,13 @@ struct Numbers {
 
 template <bool kWaits>
 bool brings_box(const Numbers& numbers, int column, int row) {
-    std::vector<std::uint16_t> out(kBoxRows * ptx::kBoxColumns, 7);
+    std::vector<std::uint16_t> out(kBoxRows * kBoxColumns, 7);
     launch("bring_box", bring_box<kWaits>, one_block(64, sizeof(BoxShared)),
            make_tensor_map(numbers.matrix(), kBoxRows), column, row, out.data());
     bool is_right = true;
     for (std::size_t place = 0; place < out.size(); ++place) {
-        is_right &= out[place] == numbers.at(row + static_cast<std::int64_t>(place / ptx::kBoxColumns),
-                                             column + static_cast<std::int64_t>(place % ptx::kBoxColumns));
+        is_right &= out[place] == numbers.at(row + static_cast<std::int64_t>(place / kBoxColumns),
+                                             column + static_cast<std::int64_t>(place % kBoxColumns));
     }
     return is_right;
 }
@@ -220,6 +225,10 @@ void test_matrices_the_engine_does_not_take() {
     other.row_stride = 75;
     EXPECT(!has_tensor_map(other));
     other = numbers.matrix();
+    other.element_bytes = 1;  // of the same numbers half a row on, and that is no multiple of 16 bytes
+    other.row_stride = 88;
+    EXPECT(!has_tensor_map(other));
+    other = numbers.matrix();
     other.n_rows = std::int64_t{1} << 31;
     EXPECT(!has_tensor_map(other));
 }
@@ -243,33 +252,54 @@ void multiply(float (&sums)[64], std::uint64_t a, std::uint64_t b, bool accumula
 void multiply(float (&sums)[128], std::uint64_t a, std::uint64_t b, bool accumulates) {
     ptx::wgmma_m64n256k16(sums, a, b, accumulates);
 }
+void multiply(std::int32_t (&sums)[64], std::uint64_t a, std::uint64_t b, bool accumulates) {
+    ptx::wgmma_m64n128k32(sums, a, b, accumulates);
+}
+void multiply(std::int32_t (&sums)[128], std::uint64_t a, std::uint64_t b, bool accumulates) {
+    ptx::wgmma_m64n256k32(sums, a, b, accumulates);
+}
 
-// out [64, kColumns] = 1 + a bᵀ, a group of products per 64 columns.
-template <int kColumns, Left kLeft>
-__global__ void multiply_tiles(const ptx::TensorMap a, const ptx::TensorMap b, float* out) {
+// What is multiplied, and what its sums are.
+struct OfBFloat16 {
+    using Element = BFloat16;
+    using Sum = float;
+    static BFloat16 element(int whole) { return as_key<BFloat16>(static_cast<float>(whole)); }
+    static bool is_hidden(float sum) { return std::isnan(sum); }
+};
+struct OfInt8 {
+    using Element = std::int8_t;
+    using Sum = std::int32_t;
+    static std::int8_t element(int whole) { return static_cast<std::int8_t>(whole); }
+    static bool is_hidden(std::int32_t sum) { return sum == 0x5a5a5a5a; }
+};
+
+// out [64, kColumns] = 1 + a bᵀ, a group of products per stage.
+template <class Of, int kColumns, Left kLeft>
+__global__ void multiply_tiles(const ptx::TensorMap a, const ptx::TensorMap b, typename Of::Sum* out) {
     auto& shared = shared_as<ProductShared<kColumns>>();
     if (threadIdx.x == 0) {
         ptx::mbarrier_init(&shared.landed, 1);
         ptx::fence_mbarrier_init();
         ptx::mbarrier_arrive_expect_tx(&shared.landed, sizeof(shared.a) + sizeof(shared.b));
         for (int stage = 0; stage < kStages; ++stage) {
-            ptx::copy_box(shared.a[stage], &a, &shared.landed, stage * ptx::kBoxColumns, 0);
-            ptx::copy_box(shared.b[stage], &b, &shared.landed, stage * ptx::kBoxColumns, 0);
+            const int column = stage * ptx::kBoxColumns<typename Of::Element>;
+            ptx::copy_box(shared.a[stage], &a, &shared.landed, column, 0);
+            ptx::copy_box(shared.b[stage], &b, &shared.landed, column, 0);
         }
     }
     __syncthreads();
     ptx::mbarrier_try_wait_parity(&shared.landed, 0);
-    float sums[kColumns / 2];
-    for (float& sum : sums) {
-        sum = 1.0f;
+    typename Of::Sum sums[kColumns / 2];
+    for (auto& sum : sums) {
+        sum = 1;
     }
     if (kLeft != Left::kOutFence) {
         ptx::wgmma_fence();
     }
     for (int stage = 0; stage < kStages; ++stage) {
-        for (int depth = 0; depth < ptx::kBoxColumns; depth += 16) {
-            const std::uint32_t a_at = ptx::shared_address(shared.a[stage]) + 2 * static_cast<unsigned>(depth);
-            const std::uint32_t b_at = ptx::shared_address(shared.b[stage]) + 2 * static_cast<unsigned>(depth);
+        for (std::uint32_t bytes = 0; bytes < ptx::kBoxRowBytes; bytes += ptx::kProductBytes) {
+            const std::uint32_t a_at = ptx::shared_address(shared.a[stage]) + bytes;
+            const std::uint32_t b_at = ptx::shared_address(shared.b[stage]) + bytes;
             multiply(sums, ptx::matrix_at(a_at), ptx::matrix_at(b_at), true);
         }
         ptx::wgmma_commit();
@@ -286,54 +316,72 @@ __global__ void multiply_tiles(const ptx::TensorMap a, const ptx::TensorMap b, f
     ptx::wgmma_wait<0>(sums);
 }
 
+template <class Of>
 struct Factors {
-    std::int64_t width = 150, stride = 152;  // the last box is cut off
-    std::vector<rep_fast::BFloat16> a, b;
-    Factors(int n_columns) : a(static_cast<std::size_t>(64 * stride)), b(static_cast<std::size_t>(n_columns * stride)) {
+    using Element = typename Of::Element;
+    // the last box is cut off
+    std::int64_t width = 2 * ptx::kBoxColumns<Element> + 22, stride = width + 10;
+    std::vector<int> a, b;
+
+    explicit Factors(int n_columns)
+        : a(static_cast<std::size_t>(64 * width)), b(static_cast<std::size_t>(n_columns * width)) {
         unsigned state = 1;
         for (auto* const values : {&a, &b}) {
-            for (auto& value : *values) {
+            for (int& value : *values) {
                 state = state * 1664525u + 1013904223u;
-                const auto whole = static_cast<float>(static_cast<int>(state >> 28) - 8);
-                value.bits = static_cast<std::uint16_t>(__builtin_bit_cast(std::uint32_t, whole) >> 16);
+                value = static_cast<int>(state >> 28) - 8;
             }
         }
     }
-    [[nodiscard]] float wanted(std::int64_t row, std::int64_t column) const {
-        double sum = 1.0;
+    [[nodiscard]] int wanted(std::int64_t row, std::int64_t column) const {
+        int sum = 1;
         for (std::int64_t j = 0; j < width; ++j) {
-            sum += static_cast<double>(to_float(a[static_cast<std::size_t>(row * stride + j)])) *
-                   static_cast<double>(to_float(b[static_cast<std::size_t>(column * stride + j)]));
+            sum += a[static_cast<std::size_t>(row * width + j)] * b[static_cast<std::size_t>(column * width + j)];
         }
-        return static_cast<float>(sum);
+        return sum;
+    }
+    // Rows where the copy engine takes them, with numbers behind their width.
+    [[nodiscard]] std::vector<Element> padded(const std::vector<int>& values) const {
+        std::vector<Element> rows(values.size() / static_cast<std::size_t>(width) * static_cast<std::size_t>(stride),
+                                  Of::element(3));
+        for (std::size_t place = 0; place < values.size(); ++place) {
+            const auto row = static_cast<std::int64_t>(place) / width,
+                       column = static_cast<std::int64_t>(place) % width;
+            rows[static_cast<std::size_t>(row * stride + column)] = Of::element(values[place]);
+        }
+        return rows;
     }
 };
 
-template <int kColumns, Left kLeft>
-std::vector<float> product(const Factors& factors) {
-    std::vector<float> out(64 * kColumns, -1.0f);
-    const auto map = [&](const std::vector<rep_fast::BFloat16>& values, int rows) {
-        return make_tensor_map({values.data(), rows, factors.width, factors.stride}, rows);
+template <class Of, int kColumns, Left kLeft>
+std::vector<typename Of::Sum> product(const Factors<Of>& factors) {
+    std::vector<typename Of::Sum> out(64 * kColumns, typename Of::Sum{-1});
+    const auto a = factors.padded(factors.a), b = factors.padded(factors.b);
+    const auto map = [&](const auto& values, int rows) {
+        return make_tensor_map(
+            {values.data(), rows, factors.width, factors.stride, static_cast<int>(sizeof(typename Of::Element))}, rows);
     };
-    launch("multiply_tiles", multiply_tiles<kColumns, kLeft>, one_block(128, sizeof(ProductShared<kColumns>)),
-           map(factors.a, 64), map(factors.b, kColumns), out.data());
+    launch("multiply_tiles", multiply_tiles<Of, kColumns, kLeft>, one_block(128, sizeof(ProductShared<kColumns>)),
+           map(a, 64), map(b, kColumns), out.data());
     return out;
 }
 
-template <int kColumns>
+template <class Of, int kColumns>
 void test_products() {
-    const Factors factors(kColumns);
+    const Factors<Of> factors(kColumns);
     for (std::uint64_t seed = 0; seed < 3; ++seed) {
         cuda_on_cpu::set_seed(seed);
-        const auto out = product<kColumns, Left::kNothing>(factors);
+        const auto out = product<Of, kColumns, Left::kNothing>(factors);
         for (std::int64_t place = 0; place < 64 * kColumns; ++place) {
-            EXPECT(out[static_cast<std::size_t>(place)] == factors.wanted(place / kColumns, place % kColumns));
+            const auto wanted = static_cast<typename Of::Sum>(factors.wanted(place / kColumns, place % kColumns));
+            EXPECT(out[static_cast<std::size_t>(place)] == wanted);
         }
     }
-    for (const float value : product<kColumns, Left::kOutWait>(factors)) {
-        EXPECT(std::isnan(value));
+    for (const auto value : product<Of, kColumns, Left::kOutWait>(factors)) {
+        EXPECT(Of::is_hidden(value));
     }
-    EXPECT(holds(error_of([&] { static_cast<void>(product<kColumns, Left::kOutFence>(factors)); }), "no wgmma.fence"));
+    const auto unfenced = [&] { static_cast<void>(product<Of, kColumns, Left::kOutFence>(factors)); };
+    EXPECT(holds(error_of(unfenced), "no wgmma.fence"));
 }
 
 }  // namespace
@@ -344,6 +392,8 @@ void test_hopper_instructions() {
     test_boxes_land_swizzled();
     test_the_swizzle_is_one_to_one_and_free_of_conflicts();
     test_matrices_the_engine_does_not_take();
-    test_products<128>();
-    test_products<256>();
+    test_products<OfBFloat16, 128>();
+    test_products<OfBFloat16, 256>();
+    test_products<OfInt8, 128>();
+    test_products<OfInt8, 256>();
 }

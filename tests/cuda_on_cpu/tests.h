@@ -4,6 +4,7 @@
 void test_accumulate_moment();
 void test_executor();
 void test_fused_scan();
+void test_fused_scan_int8();
 void test_gated_adapter();
 void test_hopper_instructions();
 void test_number();

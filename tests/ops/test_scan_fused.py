@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rep_fast import errors
 from rep_fast.ops import LastTokenExclusion, PairExclusion, ScanQueries, scan_fused, whitened_topk
+from rep_fast.ops.scan_products import prepare_queries
 
 
 @pytest.fixture(params=["cuda", "cuda-on-cpu"])
@@ -60,8 +62,12 @@ def rules(n: int, m: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+# of keys in whole steps, as few as keep one multiprocessor busy
+CHUNKS = {"bf16": [150, 150, 80], "bf16x2": [150, 150, 80], "int8": [128, 128, 124]}
+
+
 @pytest.mark.parametrize("rule", ["no rule", "last token", "pairs"])
-@pytest.mark.parametrize("precision", ["bf16", "bf16x2"])
+@pytest.mark.parametrize("precision", list(CHUNKS))
 @pytest.mark.parametrize(("n_queries", "width", "k"), [(5, 64, 7), (9, 328, 3)])
 def test_both_bodies_give_the_same_bits(
     device: torch.device,
@@ -76,15 +82,51 @@ def test_both_bodies_give_the_same_bits(
     keys, queries = (part.to(device) for part in random_block(400, n_queries, width, dtype=torch.bfloat16))
     options = {"precision": precision, "exclusion": rules(400, n_queries, device)[rule], "first_id": 70}
     found = whitened_topk(keys, queries, k, **options)
-    assert served == [150, 150, 80]
+    assert served == CHUNKS[precision]
     assert same_bits(found, first_body(monkeypatch, keys, queries, k, **options))
 
 
-def test_many_queries(device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_many_queries(device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     keys, queries = (part.to(device) for part in random_block(60, 130, 24, dtype=torch.bfloat16))
-    found = whitened_topk(keys, queries, 1)
+    found = whitened_topk(keys, queries, 1, precision=precision)
     assert served == [40]
-    assert same_bits(found, first_body(monkeypatch, keys, queries, 1))
+    assert same_bits(found, first_body(monkeypatch, keys, queries, 1, precision=precision))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_keys_in_whole_steps_may_be_of_any_type_and_layout(
+    device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    keys, queries = random_block(200, 7, 37, dtype=dtype)
+    keys[60, 3] = torch.inf
+    keys, queries = torch.nn.functional.pad(keys, (0, 3)).to(device)[:, :37], queries.to(device)
+    options = {"precision": "int8", "nonfinite": "exclude"}
+    found = whitened_topk(keys, queries, 4, **options)
+    assert served == [128, 52]
+    assert found.n_nonfinite == 1
+    assert same_bits(found, first_body(monkeypatch, keys, queries, 4, **options))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_what_a_stream_has_seen_opens_the_next_block(
+    device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    keys, queries = (part.to(device) for part in random_block(40, 6, 48, dtype=torch.bfloat16))
+    kept = ScanQueries(queries)
+
+    def scanned() -> Any:
+        state = None
+        for first in range(0, 40, 8):  # none of them is longer than what opens a stream
+            block = keys[first : first + 8]
+            state = whitened_topk(block, kept, 4, state=state, first_id=first, precision=precision)
+        return state
+
+    found = scanned()
+    assert served == [4, 8, 8]
+    with monkeypatch.context() as patch:
+        patch.setenv("REP_FAST_GPU_SCAN", "product")
+        assert same_bits(found, scanned())
 
 
 def test_lists_that_overflow_lose_nothing(
@@ -110,7 +152,7 @@ def test_a_stream_of_blocks_with_rows_that_are_not_finite(
         return whitened_topk(keys[120:], kept, 4, nonfinite="exclude", state=first, first_id=120)
 
     found = scanned()
-    assert sum(served) == 200
+    assert sum(served) == 220  # all but the first twenty
     assert found.n_nonfinite == 3
     with monkeypatch.context() as patch:
         patch.setenv("REP_FAST_GPU_SCAN", "product")
@@ -156,9 +198,20 @@ def test_keys_on_the_host(monkeypatch: pytest.MonkeyPatch, served: list[int]) ->
     assert same_bits(found, first_body(monkeypatch, keys.cuda(), queries.cuda(), 8))
 
 
-def test_rows_of_a_chunk_from_the_host() -> None:
-    assert scan_fused.fused_rows(torch.empty(1, 11008), torch.device("cpu")) == 1 << 16
-    assert scan_fused.fused_rows(torch.empty(1, 11008), torch.device("meta")) == (1 << 28) // 22016
+def test_rows_of_a_chunk() -> None:
+    rows = torch.empty(1, 11008)
+    bf16 = prepare_queries(rows, "bf16", torch.bfloat16)
+    assert scan_fused.fused_rows(torch.empty(1, 11008).bfloat16(), bf16) == 1 << 16
+    assert scan_fused.fused_rows(torch.empty(1, 11008, device="meta").bfloat16(), bf16) == (1 << 28) // 22016
+
+
+@pytest.mark.parametrize("n_queries", [1, 256, 257, 400, 2000, 20_000])
+@pytest.mark.parametrize("n_multiprocessors", [1, 132])
+def test_as_few_rows_as_keep_every_multiprocessor_busy(n_queries: int, n_multiprocessors: int) -> None:
+    rows = scan_fused.rows_for_every_multiprocessor(n_queries, n_multiprocessors)
+    tiles_of_128 = math.ceil(n_queries / 256)
+    assert rows / 128 * tiles_of_128 >= n_multiprocessors
+    assert (rows / 128 - 1) * tiles_of_128 < n_multiprocessors
 
 
 def test_a_body_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

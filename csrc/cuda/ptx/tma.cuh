@@ -1,7 +1,7 @@
-// cp.async.bulk.tensor: the copy engine brings a box of a matrix from global to shared memory (sm_90). Boxes are 64
-// columns of 16 bits wide, one 128-byte line per row, and swizzled: of a byte's address in shared memory, bits 4–6 are
-// changed by an exclusive or with bits 7–9, so that wgmma and 16-byte accesses down a column meet no bank twice. What
-// of a box lies outside the matrix becomes zeros.
+// cp.async.bulk.tensor: the copy engine brings a box of a matrix from global to shared memory (sm_90). Boxes are one
+// 128-byte line wide, 64 columns of 16 bits or 128 of 8, and swizzled: of a byte's address in shared memory, bits 4–6
+// are changed by an exclusive or with bits 7–9, so that wgmma and 16-byte accesses down a column meet no bank twice.
+// What of a box lies outside the matrix becomes zeros.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,8 +16,9 @@
 
 namespace rep_fast::cuda::ptx {
 
-inline constexpr int kBoxColumns = 64;
 inline constexpr int kBoxRowBytes = 128;
+template <class Element>
+inline constexpr int kBoxColumns = kBoxRowBytes / static_cast<int>(sizeof(Element));
 
 // Where the swizzle puts the byte that would lie at `offset`; the box begins at a multiple of 1024.
 __host__ __device__ constexpr std::uint32_t swizzled(std::uint32_t offset) {
@@ -27,8 +28,9 @@ __host__ __device__ constexpr std::uint32_t swizzled(std::uint32_t offset) {
 #ifdef REP_FAST_CUDA_ON_CPU
 
 struct TensorMap {
-    const std::uint16_t* data = nullptr;
-    std::int64_t n_rows = 0, n_columns = 0, row_stride = 0;
+    const unsigned char* data = nullptr;
+    std::int64_t n_rows = 0, row_bytes = 0, stride_bytes = 0;
+    int element_bytes = 0;
     int box_rows = 0;
 };
 
@@ -40,12 +42,11 @@ inline void copy_box(void* shared, const TensorMap* map, std::uint64_t* barrier,
     unsigned char* const base = cuda_on_cpu::shared_at(0);
     cuda_on_cpu::happen_later([=, from = *map] {
         for (int i = 0; i < from.box_rows; ++i) {
-            for (int j = 0; j < kBoxColumns; ++j) {
-                const std::int64_t x = std::int64_t{column} + j, y = std::int64_t{row} + i;
-                const bool is_inside = x >= 0 && x < from.n_columns && y >= 0 && y < from.n_rows;
-                const std::uint16_t element = is_inside ? from.data[y * from.row_stride + x] : std::uint16_t{0};
-                const auto offset = static_cast<std::uint32_t>(i * kBoxRowBytes + j * 2);
-                *reinterpret_cast<std::uint16_t*>(base + swizzled(begin + offset)) = element;
+            for (int j = 0; j < kBoxRowBytes; ++j) {
+                const std::int64_t x = std::int64_t{column} * from.element_bytes + j, y = std::int64_t{row} + i;
+                const bool is_inside = x >= 0 && x < from.row_bytes && y >= 0 && y < from.n_rows;
+                base[swizzled(begin + static_cast<std::uint32_t>(i * kBoxRowBytes + j))] =
+                    is_inside ? from.data[y * from.stride_bytes + x] : std::uint8_t{0};
             }
         }
         detail::complete_bytes(barrier, static_cast<unsigned>(from.box_rows) * kBoxRowBytes);

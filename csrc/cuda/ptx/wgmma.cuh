@@ -1,4 +1,4 @@
-// Products of bfloat16 tiles in shared memory by a warpgroup, four warps of which the first is a multiple of four
+// Products of tiles in shared memory by a warpgroup, four warps of which the first is a multiple of four
 // (sm_90a alone): wgmma.mma_async. The sums are in registers: with w the warp in its group, g = lane / 4 and t = lane %
 // 4,
 //   sums[4j + 2h + c] is row 16w + g + 8h, column 8j + 2t + c.
@@ -9,25 +9,28 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/tma.cuh"
 
 #ifdef REP_FAST_CUDA_ON_CPU
+#include <algorithm>
 #include <any>
-#include <limits>
+#include <cstring>
 #include <map>
 #include <vector>
 #endif
 
 namespace rep_fast::cuda::ptx {
 
-// How wgmma finds a matrix: rows of 64 columns as `copy_box` leaves them, of which it takes 16 columns. Groups of eight
-// rows lie 1024 bytes apart. A later 16 columns begin 32 bytes on: the swizzle is one of addresses.
+// How wgmma finds a matrix: rows of 128 bytes as `copy_box` leaves them, of which it takes 32. Groups of eight rows lie
+// 1024 bytes apart. The next columns begin 32 bytes on: the swizzle is one of addresses.
 //   bits 0–13 address / 16; 16–29 leading offset / 16, without meaning here; 32–45 offset of the next eight rows / 16;
 //   62–63 the swizzle, 1 for 128 bytes.
 inline constexpr std::uint64_t kEightRowsOn = 8 * kBoxRowBytes;
+inline constexpr std::uint32_t kProductBytes = 32;  // of a row, in one product
 __host__ __device__ constexpr std::uint64_t matrix_at(std::uint32_t shared_address) {
     return (shared_address & 0x3ffffu) >> 4 | std::uint64_t{1} << 16 | (kEightRowsOn >> 4) << 32 |
            std::uint64_t{1} << 62;
@@ -38,11 +41,11 @@ __host__ __device__ constexpr std::uint64_t matrix_at(std::uint32_t shared_addre
 namespace detail {
 
 struct HiddenSums {
-    std::vector<float> values;
-    int n_products = 0;  // under way
+    std::vector<std::uint32_t> words;  // the registers' bits
+    int n_products = 0;                // under way
 };
 struct WarpgroupNotes {
-    std::map<float*, HiddenSums> hidden;  // by registers
+    std::map<void*, HiddenSums> hidden;  // by registers
     bool is_fenced = false;
     std::uint64_t matrices = 0;  // a mark of all that were named so far
 };
@@ -55,62 +58,75 @@ inline WarpgroupNotes& warpgroup_notes() {
     return *std::any_cast<WarpgroupNotes>(&notes);
 }
 
-// 16 columns of a row of the matrix that a descriptor names.
-inline void read_row(std::uint64_t descriptor, unsigned row, double (&columns)[16]) {
+// What the elements are, and what is left of an exact sum.
+struct OfBFloat16 {
+    using Element = BFloat16;
+    using Sum = float;
+    static constexpr std::uint32_t kHidden = 0x7fc00000;  // NaN
+    static double widened(BFloat16 value) { return static_cast<double>(to_float(value)); }
+    static float kept(double sum) { return cut_off(sum); }
+};
+
+// The columns of a row that a product takes of the matrix its descriptor names.
+template <class Of, std::size_t kColumns>
+void read_row(std::uint64_t descriptor, unsigned row, double (&columns)[kColumns]) {
+    using Element = typename Of::Element;
     if (descriptor >> 62 != 1) {
         throw cuda_on_cpu::ExecutionError("wgmma: only the 128-byte swizzle is modelled");
     }
     const auto begin = static_cast<std::uint32_t>(descriptor & 0x3fffu) << 4;
     const auto eight_rows = static_cast<std::uint32_t>(descriptor >> 32 & 0x3fffu) << 4;
     const std::uint32_t linear = begin + row / 8 * eight_rows + row % 8 * kBoxRowBytes;
-    for (unsigned k = 0; k < 16; k += 8) {  // the swizzle leaves 16 bytes together
-        const unsigned char* const piece = cuda_on_cpu::shared_at(swizzled(linear + 2 * k));
-        for (unsigned i = 0; i < 8; ++i) {
-            columns[k + i] = static_cast<double>(to_float(reinterpret_cast<const BFloat16*>(piece)[i]));
-        }
+    for (std::uint32_t k = 0; k < kColumns; ++k) {
+        const std::uint32_t offset = k * static_cast<std::uint32_t>(sizeof(Element));
+        columns[k] = Of::widened(*reinterpret_cast<const Element*>(cuda_on_cpu::shared_at(swizzled(linear + offset))));
     }
 }
 
-template <int kCount>
-void multiply_rows(std::vector<float>& sums, std::uint64_t a, std::uint64_t b, bool accumulates) {
+template <class Of>
+void multiply_rows(std::vector<std::uint32_t>& words, std::uint64_t a, std::uint64_t b, bool accumulates) {
+    using Sum = typename Of::Sum;
+    constexpr std::size_t kDepth = kProductBytes / sizeof(typename Of::Element);
     const unsigned thread = cuda_on_cpu::thread_index().x;
     const unsigned warp = thread / 32 % 4, g = thread % 32 / 4, t = thread % 4;
-    double rows[2][16], column[16];
-    read_row(a, 16 * warp + g, rows[0]);
-    read_row(a, 16 * warp + g + 8, rows[1]);
-    for (unsigned j = 0; j < kCount / 4; ++j) {
+    double rows[2][kDepth], column[kDepth];
+    read_row<Of>(a, 16 * warp + g, rows[0]);
+    read_row<Of>(a, 16 * warp + g + 8, rows[1]);
+    for (unsigned j = 0; j < words.size() / 4; ++j) {
         for (unsigned c = 0; c < 2; ++c) {
-            read_row(b, 8 * j + 2 * t + c, column);
+            read_row<Of>(b, 8 * j + 2 * t + c, column);
             for (unsigned h = 0; h < 2; ++h) {
-                float& total = sums[4 * j + 2 * h + c];
-                double sum = accumulates ? static_cast<double>(total) : 0.0;
-                for (unsigned k = 0; k < 16; ++k) {
+                std::uint32_t& word = words[4 * j + 2 * h + c];
+                double sum = accumulates ? static_cast<double>(cuda_on_cpu::from_word<Sum>(word)) : 0.0;
+                for (std::size_t k = 0; k < kDepth; ++k) {
                     sum += rows[h][k] * column[k];
                 }
-                total = cut_off(sum);
+                word = static_cast<std::uint32_t>(cuda_on_cpu::as_word(Of::kept(sum)));
             }
         }
     }
 }
 
-// The registers hold NaN until the product has been waited for.
-template <int kCount>
-void multiply_later(float (&sums)[kCount], std::uint64_t a, std::uint64_t b, bool accumulates) {
+// The registers hold nothing of use until the product has been waited for.
+template <class Of, int kCount>
+void multiply_later(typename Of::Sum (&sums)[kCount], std::uint64_t a, std::uint64_t b, bool accumulates) {
     WarpgroupNotes& notes = warpgroup_notes();
     if (!notes.hidden.contains(sums)) {
         if (!notes.is_fenced) {
             throw cuda_on_cpu::ExecutionError("wgmma: no wgmma.fence before the first product on these registers");
         }
-        notes.hidden[sums].values.assign(sums, sums + kCount);
+        std::vector<std::uint32_t>& words = notes.hidden[sums].words;
+        words.resize(kCount);
+        std::memcpy(words.data(), sums, sizeof(sums));
     }
     notes.hidden[sums].n_products += 1;
     notes.matrices = notes.matrices * 31 + a * 3 + b * 2 + (accumulates ? 1 : 0);
-    std::fill(sums, sums + kCount, std::numeric_limits<float>::quiet_NaN());
+    std::fill(sums, sums + kCount, cuda_on_cpu::from_word<typename Of::Sum>(Of::kHidden));
     cuda_on_cpu::work_later([&notes, registers = &sums[0], a, b, accumulates] {
         HiddenSums& hidden = notes.hidden[registers];
-        multiply_rows<kCount>(hidden.values, a, b, accumulates);
+        multiply_rows<Of>(hidden.words, a, b, accumulates);
         if (--hidden.n_products == 0) {
-            std::copy(hidden.values.begin(), hidden.values.end(), registers);
+            std::memcpy(registers, hidden.words.data(), kCount * sizeof(std::uint32_t));
             notes.hidden.erase(registers);
         }
     });
@@ -125,10 +141,10 @@ inline void wgmma_fence() {
     detail::warpgroup_notes().is_fenced = true;
 }
 inline void wgmma_m64n128k16(float (&sums)[64], std::uint64_t a, std::uint64_t b, bool accumulates) {
-    detail::multiply_later(sums, a, b, accumulates);
+    detail::multiply_later<detail::OfBFloat16>(sums, a, b, accumulates);
 }
 inline void wgmma_m64n256k16(float (&sums)[128], std::uint64_t a, std::uint64_t b, bool accumulates) {
-    detail::multiply_later(sums, a, b, accumulates);
+    detail::multiply_later<detail::OfBFloat16>(sums, a, b, accumulates);
 }
 inline void wgmma_commit() {
     const std::uint64_t mine = detail::warpgroup_notes().matrices;
@@ -139,8 +155,8 @@ inline void wgmma_commit() {
     }
     cuda_on_cpu::commit_work();
 }
-template <int kPending, int kCount>
-void wgmma_wait(float (&)[kCount]) {
+template <int kPending, class Sum, int kCount>
+void wgmma_wait(Sum (&)[kCount]) {
     cuda_on_cpu::wait_for_work(kPending);
     detail::warpgroup_notes().is_fenced = false;
 }
@@ -231,12 +247,17 @@ __device__ inline void wgmma_commit() {
 
 // wgmma.wait_group.sync.aligned kPending: all groups but the kPending youngest are done. `sums` are named so that the
 // compiler moves no use of them across.
-template <int kPending, int kCount>
-__device__ inline void wgmma_wait(float (&sums)[kCount]) {
+template <int kPending, class Sum, int kCount>
+__device__ inline void wgmma_wait(Sum (&sums)[kCount]) {
+    static_assert(sizeof(Sum) == 4, "one register each");
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #pragma unroll
-    for (float& sum : sums) {
-        asm volatile("" : "+f"(sum)::"memory");
+    for (Sum& sum : sums) {
+        if constexpr (std::is_same_v<Sum, float>) {
+            asm volatile("" : "+f"(sum)::"memory");
+        } else {
+            asm volatile("" : "+r"(sum)::"memory");
+        }
     }
 }
 

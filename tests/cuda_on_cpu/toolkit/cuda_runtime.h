@@ -165,3 +165,12 @@ inline float __double2float_rd(double value) {
     const auto nearest = static_cast<float>(value);
     return static_cast<double>(nearest) > value ? std::nextafter(nearest, -INFINITY) : nearest;
 }
+inline float __double2float_ru(double value) {
+    return -__double2float_rd(-value);
+}
+inline float __fmul_ru(float a, float b) {
+    return __double2float_ru(static_cast<double>(a) * static_cast<double>(b));  // the product is exact
+}
+inline float __int2float_ru(int value) {
+    return __double2float_ru(static_cast<double>(value));
+}
