@@ -176,3 +176,32 @@ def test_no_call_waits_and_a_graph_replays_it(T: int) -> None:
     keys.copy_(random_keys(T, 256, dtype=torch.bfloat16, seed=6))
     graph.replay()
     assert torch.equal(recorded, gated_adapter(keys, mine, tau=0.5))
+
+
+@pytest.mark.parametrize("compose", COMPOSITIONS)
+def test_compiled_as_one_graph(device: torch.device, compose: str) -> None:
+    """Nothing around the kernels breaks the graph, whatever the number of tokens."""
+    mine = moved([random_adapter(24, 5, seed=seed) for seed in range(2)], device)
+
+    def layer(keys: Tensor) -> Tensor:
+        return gated_adapter(2 * keys, mine, tau=0.5, compose=compose) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (3, 40):
+        keys = random_keys(T, 24, seed=T).to(device)
+        assert torch.equal(compiled(keys), layer(keys))
+
+
+def test_compiled_into_graphs_of_a_gpu() -> None:
+    needs_gpu()
+    mine = moved([random_adapter(256, 40, dtype=torch.bfloat16, seed=seed) for seed in range(2)], torch.device("cuda"))
+
+    def layer(keys: Tensor) -> Tensor:
+        return gated_adapter(2 * keys, mine, tau=0.5) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    for seed in range(4):  # recorded at the second call
+        keys = random_keys(9, 256, dtype=torch.bfloat16, seed=seed).cuda()
+        assert torch.equal(compiled(keys), layer(keys))
