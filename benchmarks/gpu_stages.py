@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,33 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is; tests go through the stages with less."""
+
+    product: int = 8192  # rows and columns of the products that give the ceilings
+    copied: int = 1 << 30  # numbers
+    key_dims: tuple[int, ...] = (4096, 11008)
+    subjects: tuple[int, ...] = (100, 400, 2000)
+    key_bytes: int = 1 << 32  # of a scan
+    checked_keys: int = 3 * 4096  # the fused body leaves the first third to the other
+    chunk: int = 16384  # of torch's scan
+    small_keys: int = 5000  # of the fused scan under sanitizers
+    gate: tuple[int, int] = (11008, 1100)
+    gate_tokens: tuple[int, ...] = (1, 16, 64, 512, 4096)
+    moment_tokens: int = 16384
+    scored: tuple[int, int] = (4096, 11008)  # D_in, D_out
+    scored_tokens: tuple[int, ...] = (16, 64, 256)
+    model: dict[str, int] = field(default_factory=lambda: dict(SEVEN_B))
+    model_dtype: torch.dtype = torch.bfloat16
+    model_layer: int = 5
+    model_tokens: int = 120_000
+    model_subjects: tuple[int, ...] = (400, 20_000)
+
+
+SIZES = Sizes()
+
+
 def row(case: str, value: float, unit: str, **rest: float) -> None:
     """Tell gpu_check.py one number."""
     print("ROW " + json.dumps({"case": case, "value": value, "unit": unit, **rest}), flush=True)
@@ -66,22 +94,24 @@ def seconds(*runs: Callable[[], Any], rounds: int = 15) -> list[float]:
     return [statistics.median(own) for own in times]
 
 
-def bf16_rate(n: int = 8192) -> float:
+def bf16_rate() -> float:
     """Operations per second of torch's bfloat16 product with float32 results."""
+    n = SIZES.product
     a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty(n, n, device=DEVICE)
     return 2 * n**3 / seconds(lambda: torch.mm(a, b.T, torch.float32, out=out))[0]
 
 
-def int8_rate(n: int = 8192) -> float:
+def int8_rate() -> float:
     """Operations per second of torch's int8 product."""
+    n = SIZES.product
     a, b = (torch.randint(-127, 128, (n, n), device=DEVICE, dtype=torch.int8) for _ in range(2))
     return 2 * n**3 / seconds(lambda: torch._int_mm(a, b.T))[0]
 
 
-def copy_rate(n: int = 1 << 30) -> float:
+def copy_rate() -> float:
     """Bytes per second of a copy on the device, read and written."""
-    source = torch.randn(n, device=DEVICE)
+    source = torch.randn(SIZES.copied, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / seconds(lambda: target.copy_(source))[0]
 
@@ -91,7 +121,7 @@ def ceilings() -> None:
     row("copy", copy_rate() / 1e9, "GB/s")
     row("bfloat16 product, float32 result", bf16_rate() / 1e12, "TFLOP/s")
     row("int8 product", int8_rate() / 1e12, "TOP/s")
-    n = 8192
+    n = SIZES.product
     x, y = (torch.randn(n, n, device=DEVICE).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=DEVICE)
     run = lambda: torch._scaled_mm(x, y.T, one, one, out_dtype=torch.bfloat16)  # noqa: E731
@@ -119,7 +149,7 @@ def scan_case(n_queries: int, key_dim: int, rates: dict[tuple[str, str], float])
     """The scan of a stream that is under way, beside torch's and the rate of the pass's bare product, for each of
     (body, pass) in `rates`."""
     generator = torch.Generator(DEVICE).manual_seed(n_queries)
-    n = (1 << 32) // (2 * key_dim)  # 4 GB of keys
+    n = SIZES.key_bytes // (2 * key_dim)
     keys = torch.randn(n, key_dim, generator=generator, device=DEVICE, dtype=torch.bfloat16)
     queries = torch.randn(n_queries, key_dim, generator=generator, device=DEVICE)
     tokens = torch.randint(32000, (n,), generator=generator, device=DEVICE)
@@ -127,7 +157,7 @@ def scan_case(n_queries: int, key_dim: int, rates: dict[tuple[str, str], float])
     rule = LastTokenExclusion(tokens, torch.arange(0, n, 512, device=DEVICE), last)
     kept = ScanQueries(queries)
     before = whitened_topk(keys, kept, 10, exclusion=rule)
-    n_checked = 3 * 4096  # the fused body leaves the first third to the other
+    n_checked = SIZES.checked_keys
     part = LastTokenExclusion(tokens[:n_checked], torch.arange(0, n_checked, 512, device=DEVICE), last)
     exact = whitened_topk(keys[:n_checked], queries, 10, exclusion=part, precision="fp64")
     for body, precision in rates:
@@ -141,7 +171,7 @@ def scan_case(n_queries: int, key_dim: int, rates: dict[tuple[str, str], float])
 
     *ours, peer = seconds(
         *(partial(scan, *way) for way in rates),
-        lambda: torch_scan(keys, narrow, 10, mask, chunk=16384),
+        lambda: torch_scan(keys, narrow, 10, mask, chunk=SIZES.chunk),
         rounds=9,
     )
     for own, ((body, precision), rate) in zip(ours, rates.items(), strict=True):
@@ -153,8 +183,8 @@ def scan_case(n_queries: int, key_dim: int, rates: dict[tuple[str, str], float])
 def scan_kernels() -> None:
     """The scan at the shapes of two models, its keys of κ_h = 1: the best case of "int8"."""
     rates = {("product", "bf16"): bf16_rate(), ("product", "int8"): int8_rate()}
-    for key_dim in (4096, 11008):
-        for n_queries in (100, 400, 2000):
+    for key_dim in SIZES.key_dims:
+        for n_queries in SIZES.subjects:
             scan_case(n_queries, key_dim, rates)
 
 
@@ -164,8 +194,8 @@ def fused_scan() -> None:
         return
     rates = {"bf16": bf16_rate(), "int8": int8_rate()}
     ways = {(body, scan_pass): rate for scan_pass, rate in rates.items() for body in ("product", "fused")}
-    for key_dim in (4096, 11008):
-        for n_queries in (100, 400, 2000):
+    for key_dim in SIZES.key_dims:
+        for n_queries in SIZES.subjects:
             scan_case(n_queries, key_dim, ways)
 
 
@@ -197,9 +227,9 @@ def torch_gate(keys: Tensor, adapter: AdapterWeights) -> Tensor:
 def gates() -> None:
     """One adapter of LLaMA2-7B's widths per call, no gate open; eight adapters in a row, so that no W1 is cached."""
     copied = copy_rate()
-    adapters = [random_adapter(11008, 1100, torch.bfloat16, seed) for seed in range(8)]
-    for n_tokens in (1, 16, 64, 512, 4096):
-        keys = torch.randn(n_tokens, 11008, device=DEVICE).bfloat16()
+    adapters = [random_adapter(*SIZES.gate, torch.bfloat16, seed) for seed in range(8)]
+    for n_tokens in SIZES.gate_tokens:
+        keys = torch.randn(n_tokens, SIZES.gate[0], device=DEVICE).bfloat16()
         assert all(torch.equal(gated_adapter(keys, own, tau=0.9), keys) for own in adapters), "a shut gate moved a key"
         ours, peer = seconds(
             graphed(lambda keys=keys: [gated_adapter(keys, own, tau=0.9) for own in adapters]),
@@ -218,8 +248,8 @@ def gates() -> None:
 def moment_sums() -> None:
     """Tokens added to a second moment, beside a library product added to a float32 sum."""
     ceiling = bf16_rate()
-    for key_dim in (4096, 11008):
-        keys = torch.randn(16384, key_dim, device=DEVICE).bfloat16()
+    for key_dim in SIZES.key_dims:
+        keys = torch.randn(SIZES.moment_tokens, key_dim, device=DEVICE).bfloat16()
         total = MomentSum.zeros(key_dim, device=DEVICE)
         float32 = torch.zeros(key_dim, key_dim, device=DEVICE)
         want = keys[:, :64].double().T @ keys.double()
@@ -234,8 +264,8 @@ def moment_sums() -> None:
 
 def scores() -> None:
     """Column scores of LLaMA2-7B's W_in, beside forming the gradient and reducing it."""
-    for n_tokens in (16, 64, 256):
-        x, g = torch.randn(n_tokens, 4096, device=DEVICE), torch.randn(n_tokens, 11008, device=DEVICE)
+    for n_tokens in SIZES.scored_tokens:
+        x, g = (torch.randn(n_tokens, width, device=DEVICE) for width in SIZES.scored)
 
         def ours(x: Tensor = x, g: Tensor = g) -> Tensor:
             return packed_scores(x, g, score="zabs", nodes="columns").columns
@@ -247,7 +277,7 @@ def scores() -> None:
 
         assert torch.allclose(ours().float(), formed(), rtol=1e-3)
         own, peer = seconds(ours, formed)
-        row(f"{n_tokens} tokens, 4096 × 11008", 1e3 * own, "ms", peer=1e3 * peer)
+        row(f"{n_tokens} tokens, {SIZES.scored[0]} × {SIZES.scored[1]}", 1e3 * own, "ms", peer=1e3 * peer)
 
 
 def random_moment(key_dim: int) -> Tensor:
@@ -259,7 +289,7 @@ def random_moment(key_dim: int) -> Tensor:
 
 def solves() -> None:
     """Few right-hand sides with a kept factor, beside torch's solve with a float32 and with a float64 factor."""
-    for key_dim in (4096, 11008):
+    for key_dim in SIZES.key_dims:
         moment = random_moment(key_dim)
         solver = SpdSolver.factor(moment)
         narrow, wide = torch.linalg.cholesky(moment), torch.linalg.cholesky(moment.double())
@@ -342,7 +372,7 @@ def fused_small() -> None:
     """The fused scan once, for compute-sanitizer; more stages than its ring has."""
     if not is_hopper():
         return
-    inputs = Inputs.draw(ScanCase("small", n_keys=5000, n_queries=9, key_dim=712, k=10), seed=0)
+    inputs = Inputs.draw(ScanCase("small", n_keys=SIZES.small_keys, n_queries=9, key_dim=712, k=10), seed=0)
     for precision in ("bf16", "bf16x2", "int8"):
         rule = inputs.exclusion.to(torch.device(DEVICE))
         operands = (inputs.keys.to(DEVICE), inputs.queries.to(DEVICE))
@@ -368,13 +398,13 @@ def timed(case: str, run: Callable[[], Any], *, work: int = 0) -> Any:
     return result
 
 
-def random_model(shape: dict[str, int]) -> EditableLM:
-    """A LLaMA of this shape in bfloat16 with the embedded model's tokenizer; speed needs no knowledge."""
+def random_model() -> EditableLM:
+    """A LLaMA of this shape with the embedded model's tokenizer; speed needs no knowledge."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = factworld.load().tokenizer
-    config = LlamaConfig(vocab_size=32000, bos_token_id=0, eos_token_id=1, pad_token_id=2, **shape)
-    torch.set_default_dtype(torch.bfloat16)
+    config = LlamaConfig(vocab_size=32000, bos_token_id=0, eos_token_id=1, pad_token_id=2, **SIZES.model)
+    torch.set_default_dtype(SIZES.model_dtype)
     try:
         with torch.device(DEVICE):
             model = LlamaForCausalLM(config)
@@ -393,10 +423,10 @@ def random_queries(n: int, width: int) -> WhitenedQueries:
     )
 
 
-def end_to_end(shape: dict[str, int] = SEVEN_B, *, layer: int = 5, n_tokens: int = 120_000) -> None:
+def end_to_end() -> None:
     """ROME, REP, the scan, moments and tracing on a random model."""
-    lm = random_model(shape)
-    width = shape["intermediate_size"]
+    lm, layer, n_tokens = random_model(), SIZES.model_layer, SIZES.model_tokens
+    width = SIZES.model["intermediate_size"]
     documents = [case.fact.text for case in factworld.cases("test")] * 200
     corpus = MemoryText("facts", [" ".join(documents[n : n + 60]) for n in range(0, len(documents), 60)])
     case = factworld.cases("validation")[0]
@@ -407,7 +437,7 @@ def end_to_end(shape: dict[str, int] = SEVEN_B, *, layer: int = 5, n_tokens: int
     blocks = list(token_blocks(lm, corpus, tokens=n_tokens // 4))
     counted = sum(len(own.token_ids) for own in blocks)
     timed("truncated forward alone", lambda: [lm.keys(own.batch, [layer]) for own in blocks], work=counted)
-    for n_queries in (400, 20_000):
+    for n_queries in SIZES.model_subjects:
         queries = random_queries(n_queries, width)
 
         def scan_all(queries: WhitenedQueries = queries) -> None:
@@ -419,7 +449,7 @@ def end_to_end(shape: dict[str, int] = SEVEN_B, *, layer: int = 5, n_tokens: int
 
         timed(f"collision scan, {n_queries} subjects", scan_all, work=counted)
 
-    layers = list(range(layer - 1, min(layer + 4, shape["num_hidden_layers"])))
+    layers = list(range(layer - 1, min(layer + 4, SIZES.model["num_hidden_layers"])))
     with tempfile.TemporaryDirectory() as place:
         begin = time.perf_counter()
         moments = SecondMoments.collect(lm, corpus, layers, tokens=n_tokens, cache_dir=place)

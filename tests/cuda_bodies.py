@@ -16,7 +16,7 @@ import torch
 from rep_fast.ops import native
 from rep_fast.ops.backend import Backend
 
-_BUILD = Path(__file__).resolve().parents[2] / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
+_BUILD = Path(__file__).resolve().parents[1] / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
 
 
 def needs_gpu() -> None:
