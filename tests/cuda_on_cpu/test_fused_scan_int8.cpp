@@ -114,15 +114,21 @@ void test_schedule_and_lists_change_nothing() {
 
 // The list of a query holds every pair whose score and margins reach its k-th best, and none that is short of it by
 // more than four float32 roundings can close.
-void test_lists_hold_what_the_margins_say(float of_keys, float of_queries) {
-    Case input(900, 140, 40, 5, 13);
+void test_lists_hold_what_the_margins_say(std::int64_t key_dim, float of_keys, float of_queries) {
+    Case input(900, 140, key_dim, 5, 13);
     for (float& margin : input.key_margins) {
         margin = of_keys * static_cast<float>(input.random() % 8);
     }
     for (float& margin : input.query_margins) {
         margin = of_queries * static_cast<float>(input.random() % 8);
     }
-    expect_brute_force(input, scan(input, 450, 450), false, input.all_finite());
+    auto is_finite = input.all_finite();
+    for (const std::size_t row : {500u, 899u}) {  // in no list
+        is_finite[row] = false;
+        input.key_margins[row] = kNaN;
+        input.keys[row * static_cast<std::size_t>(input.stride)] = {0x7fc1};
+    }
+    expect_brute_force(input, scan(input, 450, 450), false, is_finite);
     const Found before = state_after(input, 450);
     for (std::int64_t query = 0; query < input.n_queries; ++query) {
         const double floor = before.scores[static_cast<std::size_t>(query * input.k + input.k - 1)];
@@ -210,10 +216,10 @@ void test_two_parts_are_refused() {
 void test_fused_scan_int8() {
     test_hits_are_exact();
     test_schedule_and_lists_change_nothing();
-    test_lists_hold_what_the_margins_say(0.0f, 0.0f);
-    test_lists_hold_what_the_margins_say(3.7f, 0.0f);
-    test_lists_hold_what_the_margins_say(0.0f, 3.7f);
-    test_lists_hold_what_the_margins_say(1.3f, 2.1f);
+    test_lists_hold_what_the_margins_say(300, 0.0f, 0.0f);
+    test_lists_hold_what_the_margins_say(40, 3.7f, 0.0f);
+    test_lists_hold_what_the_margins_say(40, 0.0f, 3.7f);
+    test_lists_hold_what_the_margins_say(40, 1.3f, 2.1f);
     test_rows_without_steps();
     test_a_query_without_margin_keeps_its_state();
     test_keys_of_any_type<float>();
