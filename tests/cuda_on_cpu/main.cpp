@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
     test_hopper_instructions();
     test_fused_scan();
     test_gated_adapter();
+    test_gated_adapter_choice();
     test_number();
     test_packed_scores();
     test_quantised_rows();
