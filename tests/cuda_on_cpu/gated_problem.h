@@ -42,6 +42,9 @@ struct Matrix {
     [[nodiscard]] double at(std::int64_t i, std::int64_t j) const {
         return values[static_cast<std::size_t>(i * cols + j)];
     }
+    void set(std::int64_t i, std::int64_t j, float value) {
+        values[static_cast<std::size_t>(i * cols + j)] = put(i, j, value);
+    }
     double put(std::int64_t i, std::int64_t j, float value) {
         unsigned char* const place = bytes.data() + (i * stride + j) * width();
         if (dtype == DType::kFloat32) {
@@ -223,12 +226,14 @@ inline Found room_for(const Problem& problem) {
             Guarded<bool>(problem.n_adapters() * n), std::vector<int>(problem.n_adapters() + 1)};
 }
 
-// By the kernels' own products, or by given ones as a library would make them.
-inline Found run(Problem& problem, cuda::Composition composition, bool with_products = false) {
+// By the kernels' own products, or by given ones as a library would make them. Scratch holds bytes of value
+// `left_over`.
+inline Found run(Problem& problem, cuda::Composition composition, bool with_products = false, int left_over = 0xff) {
     Found found = room_for(problem);
     std::vector<cuda::AdapterOnDevice> adapters;
     cuda::GatedAdapterCall call = call_for(problem, composition, adapters, found);
     Guarded<unsigned char> scratch(cuda::scratch_bytes(call), true);
+    std::memset(scratch.data(), left_over, scratch.size());
     call.scratch = scratch.data();
     if (!with_products) {
         cuda::gated_adapter(call, nullptr);

@@ -1,4 +1,5 @@
 // Gates and projections against a float64 walk over the adapters, token by token.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -30,6 +31,10 @@ void test_tokens_are_adapted() {
         {5, 37, {4, 5}, {33, 2}, DType::kFloat32, DType::kFloat32, 3},
         {17, 24, {8}, {2}, DType::kFloat16, DType::kBFloat16, 8},   // two tiles of tokens
         {2, 2059, {5}, {2}, DType::kBFloat16, DType::kFloat32, 5},  // a second round of columns, and a rest
+        {1, 8, {300}, {1}},                                         // more tiles of hidden rows than a warp has lanes
+        {2, 8, {140}, {2}},
+        {3, 12, {5}, {2}, DType::kFloat32, DType::kBFloat16},  // rows of keys allow 16-byte accesses, those of W1 do
+                                                               // not
     };
     unsigned seed = 1;
     for (const Case& shape : cases) {
@@ -50,6 +55,48 @@ void test_compositions() {
             }
             const int most = expect_reference(problem, run(problem, composition, with_products), composition);
             EXPECT(most >= (composition == Composition::kArgmax ? 1 : 3));
+        }
+    }
+}
+
+// More tokens than a block's warps, more hidden rows than a warp's lanes.
+void test_products_of_a_library() {
+    const Case cases[] = {{11, 16, {40, 3}, {2, 2}, DType::kBFloat16, DType::kBFloat16},
+                          {17, 8, {33}, {1}, DType::kFloat32, DType::kFloat32}};
+    for (const Case& shape : cases) {
+        Problem problem(shape, 7);
+        EXPECT(expect_reference(problem, run(problem, Composition::kChain, true), Composition::kChain) > 0);
+    }
+}
+
+// Of more tokens than a block has threads the last one alone moves a third time.
+void test_late_moves_of_many_tokens() {
+    constexpr std::int64_t kTokens = 257;
+    for (const Composition composition : {Composition::kChain, Composition::kSum}) {
+        Problem problem({kTokens, 1, {1, 1, 1}, {1, 1, 1}}, 2);
+        problem.keys.set(kTokens - 1, 0, 8.0f);
+        for (Adapter& adapter : problem.adapters) {
+            adapter.w1.set(0, 0, 1.0f);
+            adapter.b1.set(0, 0, 0.0f);
+            adapter.w2.set(0, 0, 1.0f);
+            adapter.b2.set(0, 0, 0.0f);
+            adapter.a.set(0, 0, 0.5f);
+            adapter.b.set(0, 0, 0.5f);
+            adapter.threshold = 6.0f;
+        }
+        const Found found = run(problem, composition);
+        EXPECT(expect_reference(problem, found, composition) == 3);
+        EXPECT(std::ranges::count(found.opened, true) == 3);
+    }
+}
+
+// What lies in scratch before a call means nothing: also not zeros, which name the first adapter.
+void test_scratch_needs_no_values() {
+    for (const Composition composition : kAll) {
+        for (const bool with_products : {false, true}) {
+            Problem problem({3, 12, {3, 4, 2}, {2, 1, 2}, DType::kBFloat16, DType::kFloat32}, 11);
+            const Found found = run(problem, composition, with_products, 0);
+            EXPECT(expect_reference(problem, found, composition) > 0);
         }
     }
 }
@@ -95,12 +142,14 @@ void test_shut_gates_leave_bits_alone() {
     Problem problem({3, 19, {6}, {2}, DType::kBFloat16, DType::kFloat32}, 8);
     const std::uint16_t odd[] = {0x7fc1, 0x8000, 0xffff, 0x7f81};
     std::memcpy(problem.keys.bytes.data() + 19 * 2, odd, sizeof(odd));  // NaNs with payloads in the second row
-    problem.adapters[0].threshold = 1e4f;
-    const Found found = run(problem, Composition::kChain);
-    EXPECT(std::memcmp(found.adapted.data(), problem.keys.bytes.data(), 3 * 19 * 2) == 0);
-    EXPECT(!found.opened[0] && !found.opened[1] && !found.opened[2] && std::isnan(found.logits[1]));
-    problem.adapters[0].threshold = kInfinity;
-    EXPECT(std::memcmp(run(problem, Composition::kSum).adapted.data(), problem.keys.bytes.data(), 3 * 19 * 2) == 0);
+    for (const float threshold : {1e4f, kInfinity}) {
+        problem.adapters[0].threshold = threshold;
+        for (const Composition composition : kAll) {
+            const Found found = run(problem, composition);
+            EXPECT(std::memcmp(found.adapted.data(), problem.keys.bytes.data(), 3 * 19 * 2) == 0);
+            EXPECT(!found.opened[0] && !found.opened[1] && !found.opened[2] && std::isnan(found.logits[1]));
+        }
+    }
     problem.adapters[0].threshold = -kInfinity;  // opens whatever the logit is
     const Found always = run(problem, Composition::kChain);
     EXPECT(always.opened[0] && always.opened[1] && always.opened[2]);
@@ -138,7 +187,10 @@ void test_errors_name_what_is_wrong() {
     EXPECT(error_of(call).find("got float16") != std::string::npos);
     call.weight_dtype = DType::kFloat32;
     adapters[0].rank = 0;
-    EXPECT(error_of(call).find("needs hidden rows and a rank") != std::string::npos);
+    EXPECT(error_of(call).find("needs hidden rows and a rank, got 2 and 0") != std::string::npos);
+    adapters[0].rank = 1;
+    adapters[0].n_hidden = 0;
+    EXPECT(error_of(call).find("needs hidden rows and a rank, got 0 and 1") != std::string::npos);
     call.adapters = {};
     EXPECT(error_of(call).find("no adapter given") != std::string::npos);
 }
@@ -148,7 +200,10 @@ void test_errors_name_what_is_wrong() {
 void test_gated_adapter() {
     test_tokens_are_adapted();
     test_compositions();
+    test_products_of_a_library();
     test_late_moves_decide_again();
+    test_late_moves_of_many_tokens();
+    test_scratch_needs_no_values();
     test_shut_gates_leave_bits_alone();
     test_bits_do_not_depend_on_the_order_of_blocks();
     test_errors_name_what_is_wrong();

@@ -15,13 +15,33 @@ using namespace rep_fast::tests;
 namespace cuda = rep_fast::cuda;
 using cuda::Composition;
 
-// More than travel with a launch; only the first and one of the last open.
+// As many as travel with a launch, more, and more than two tables hold; only the first and one of the last open.
 void test_many_adapters() {
-    Problem problem({2, 8, std::vector<std::int64_t>(35, 1), std::vector<std::int64_t>(35, 1)}, 5);
-    for (std::size_t i = 0; i < 35; ++i) {
-        problem.adapters[i].threshold = i == 0 || i == 33 ? -50.0f : 50.0f;
+    for (const std::size_t n : {32u, 33u, 35u, 70u}) {
+        Problem problem({2, 8, std::vector<std::int64_t>(n, 1), std::vector<std::int64_t>(n, 1)}, 5);
+        for (std::size_t i = 0; i < n; ++i) {
+            problem.adapters[i].threshold = i == 0 || i == n - 2 ? -50.0f : 50.0f;
+        }
+        EXPECT(expect_reference(problem, run(problem, Composition::kChain), Composition::kChain) == 2);
     }
-    EXPECT(expect_reference(problem, run(problem, Composition::kChain), Composition::kChain) == 2);
+}
+
+// All are open. The largest logit is one a lane meets second, or is shared by the two that one lane meets, or by two of
+// which the earlier is met by a later lane.
+void test_the_largest_of_many() {
+    const std::vector<std::size_t> cases[] = {{33}, {1, 33}, {5, 32}, {3, 34}};
+    for (const std::vector<std::size_t>& largest : cases) {
+        Problem problem({2, 8, std::vector<std::int64_t>(35, 1), std::vector<std::int64_t>(35, 1)}, 5);
+        for (Adapter& adapter : problem.adapters) {
+            adapter.threshold = -50.0f;
+        }
+        for (const std::size_t i : largest) {
+            problem.adapters[i].w2.set(0, 0, 0.0f);
+            problem.adapters[i].b2.set(0, 0, 30.0f);
+        }
+        const Found found = run(problem, Composition::kArgmax);
+        EXPECT(expect_reference(problem, found, Composition::kArgmax) == 1 && found.opened[largest[0] * 2]);
+    }
 }
 
 // A logit that equals its threshold is shut; equal logits: the first adapter acts.
@@ -43,5 +63,6 @@ void test_ties() {
 
 void test_gated_adapter_choice() {
     test_many_adapters();
+    test_the_largest_of_many();
     test_ties();
 }
