@@ -1,6 +1,7 @@
 // Whose turn it is with a token: many adapters, the largest logit, ties.
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "check.h"
@@ -59,10 +60,33 @@ void test_ties() {
     EXPECT(!none.opened[0] && !none.opened[1]);
 }
 
+// Gates without a threshold open on any logit. One of them acts, the first whose logit is NaN, if there is one.
+void test_logits_that_are_not_finite() {
+    constexpr float kNaN = std::numeric_limits<float>::quiet_NaN(), kInfinity = std::numeric_limits<float>::infinity();
+    const struct {
+        std::size_t first;  // from here on the logits have this value
+        float value;
+    } cases[] = {{0, kNaN}, {2, kNaN}, {0, -kInfinity}};
+    for (const auto& one : cases) {
+        Problem problem({2, 8, {3, 2, 4, 1}, {2, 1, 1, 1}}, 12);
+        for (std::size_t i = 0; i < problem.n_adapters(); ++i) {
+            problem.adapters[i].threshold = -kInfinity;
+            if (i >= one.first) {
+                problem.adapters[i].b2.set(0, 0, one.value);
+            }
+        }
+        const Found found = run(problem, Composition::kArgmax);
+        for (std::size_t place = 0; place < found.opened.size(); ++place) {
+            EXPECT(found.opened[place] == (place / 2 == one.first));
+        }
+    }
+}
+
 }  // namespace
 
 void test_gated_adapter_choice() {
     test_many_adapters();
     test_the_largest_of_many();
     test_ties();
+    test_logits_that_are_not_finite();
 }
