@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/number.cuh"
+#include "cuda/ptx/wide_access.cuh"
 
 namespace rep_fast::cuda {
 
@@ -50,10 +51,9 @@ struct Eight {
 template <class T>
 __device__ inline Eight<T> load_eight(const T* from) {
     Eight<T> loaded;
-    const auto* pieces = reinterpret_cast<const uint4*>(from);
 #pragma unroll
     for (int i = 0; i < Eight<T>::kPieces; ++i) {
-        loaded.pieces[i] = pieces[i];
+        loaded.pieces[i] = ptx::load_16(from + i * (16 / static_cast<int>(sizeof(T))));
     }
     return loaded;
 }

@@ -251,15 +251,19 @@ __device__ inline int first_open(const GateWork& work, std::int64_t token, int a
     return -1;
 }
 
-// The open gate of the largest logit, the first of equals, or −1; the others are shut. Asked by a whole warp.
+// The open gate of the largest logit, the first of equals, or −1; the others are shut. NaN counts as infinite. Asked by
+// a whole warp.
 __device__ inline int keep_largest(const GateWork& work, std::int64_t token) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     float largest = -kInfiniteLogit;
     int best = work.n_adapters;  // none
     for (int adapter = lane; adapter < work.n_adapters; adapter += kLanes) {
         const std::int64_t place = adapter * work.n_tokens + token;
-        if (work.opened[place] && (best == work.n_adapters || work.logits[place] > largest)) {
-            largest = work.logits[place];
+        const float logit = work.logits[place];
+        // gates without a threshold open on NaN; compared as such it would leave the lanes with different answers
+        const float size = logit == logit ? logit : kInfiniteLogit;
+        if (work.opened[place] && (best == work.n_adapters || size > largest)) {
+            largest = size;
             best = adapter;
         }
     }

@@ -12,6 +12,7 @@
 #include "cuda/eight.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/number.cuh"
+#include "cuda/ptx/wide_access.cuh"
 #include "cuda/quantised_rows.h"
 #include "cuda/warp_sum.cuh"
 
@@ -144,7 +145,7 @@ __device__ int round_row(const Row<Key>& row, std::int64_t padded_width, float p
     for (std::int64_t first = threadIdx.x * kEight; first < padded_width; first += kStride) {
         float entries[kEight];
         row.load(first, entries);
-        *reinterpret_cast<uint2*>(values + first) = rounded(entries, row.load_columns(first), per_step, square);
+        ptx::store_8(values + first, rounded(entries, row.load_columns(first), per_step, square));
     }
     square = warp_sum(square);
     if (threadIdx.x % kLanes == 0) {

@@ -26,8 +26,8 @@ struct QuantisedRows {
     std::int64_t* first_nonfinite = nullptr;  // [1] the lowest id among them
 };
 
-// columns: [padded width], a column's scale, a power of two, as float32 whose last 16 bits hold its dither; zeros
-// behind the width. first_id: of row 0.
+// columns: [padded width], aligned to 16 bytes, a column's scale, a power of two, as float32 whose last 16 bits hold
+// its dither; zeros behind the width. first_id: of row 0.
 void quantise_rows(const KeyChunk& rows, const std::int32_t* columns, double constant, std::int64_t first_id,
                    const QuantisedRows& found, void* stream);
 

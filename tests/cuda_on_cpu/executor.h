@@ -7,6 +7,7 @@
 //   * shared memory is filled with NaN or with zeros before each block and ends at an unreadable page;
 //   * asynchronous copies land at their wait, not before; what the device does by itself (bulk copies) happens at any
 //     moment, mostly when nobody can go on without it;
+//   * a wide access at an address that is not a multiple of its size throws, as do others of a device's instructions;
 //   * a barrier that somebody never reaches, or a warp operation whose mask names a lane that does not come, ends the
 //     run with a sentence instead of hanging.
 // What it does not model: memory ordering finer than that (fences do nothing), blocks that wait for each other, clocks.

@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
     test_fused_scan();
     test_fused_scan_int8();
     test_gated_adapter();
+    test_gated_adapter_choice();
     test_number();
     test_packed_scores();
     test_quantised_rows();

@@ -1,4 +1,5 @@
 // Second moments against float64, over sizes around the tiles, with tokens that do not count.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -123,32 +124,45 @@ void test_long_sums_are_cut_short() {
     problem.expect_reference();
 }
 
-void test_tokens_are_counted() {
-    constexpr std::int64_t kTokens = 21, kDim = 40;
-    Guarded<float> keys(kTokens * kDim);
-    for (float& value : keys) {
-        value = 3e38f;
+// Whole numbers are exact as long as float32 holds their sums, which are 2²⁴ when they are handed on.
+void test_sums_of_whole_numbers_are_exact() {
+    const std::int64_t n_tokens = cuda::kMomentTokens + 1;
+    Guarded<BFloat16> keys(static_cast<std::size_t>(n_tokens));
+    for (BFloat16& key : keys) {
+        key = key_of<BFloat16>(64.0f);
     }
+    keys[keys.size() - 1] = key_of<BFloat16>(1.0f);
+    double total = 0.0;
+    cuda::accumulate_moment({keys.data(), DType::kBFloat16, n_tokens, 1, 1}, nullptr, &total, 1, nullptr);
+    EXPECT(total == 64.0 * 64.0 * static_cast<double>(cuda::kMomentTokens) + 1.0);
+}
+
+// The largest finite number counts; padding is NaN.
+template <class Key>
+void test_tokens_are_counted(Key largest, Key infinity, Key nan) {
+    constexpr std::int64_t kTokens = 21, kDim = 40, kStride = kDim + 3;
+    Guarded<Key> keys((kTokens - 1) * kStride + kDim);
     std::vector<std::uint8_t> wanted(kTokens, 1);
     Guarded<bool> mask(kTokens), counts(kTokens);
     for (std::size_t t = 0; t < kTokens; ++t) {
+        std::fill_n(keys.data() + t * kStride, kDim, largest);
         mask[t] = t % 5 != 0;
         wanted[t] = mask[t];
     }
-    keys[20 * kDim + 39] = std::numeric_limits<float>::quiet_NaN();  // outside the mask
+    keys[20 * kStride + 39] = nan;  // outside the mask
     for (const std::size_t t : {7u, 13u}) {
-        keys[t * kDim + 2 * t] = -std::numeric_limits<float>::infinity();
+        keys[t * kStride + 2 * t] = infinity;
         wanted[t] = 0;
     }
+    const cuda::MomentKeys on_device = {keys.data(), rep_fast::dtype_of<Key>, kTokens, kDim, kStride};
     std::int64_t n_counted = 100, n_nonfinite = 10, first = std::numeric_limits<std::int64_t>::max();
-    cuda::count_tokens({keys.data(), DType::kFloat32, kTokens, kDim, kDim}, mask.data(), 1000,
-                       {counts.data(), &n_counted, &n_nonfinite, &first}, nullptr);
+    const cuda::TokenCounts found = {counts.data(), &n_counted, &n_nonfinite, &first};
+    cuda::count_tokens(on_device, mask.data(), 1000, found, nullptr);
     EXPECT(n_counted == 100 + 14 && n_nonfinite == 12 && first == 1007);
     for (std::size_t t = 0; t < kTokens; ++t) {
         EXPECT(counts[t] == (wanted[t] != 0));
     }
-    cuda::count_tokens({keys.data(), DType::kFloat32, kTokens, kDim, kDim}, nullptr, 0,
-                       {counts.data(), &n_counted, &n_nonfinite, &first}, nullptr);
+    cuda::count_tokens(on_device, nullptr, 0, found, nullptr);
     EXPECT(n_counted == 114 + 18 && n_nonfinite == 15 && first == 7);
 }
 
@@ -169,6 +183,10 @@ void test_accumulate_moment() {
     test_sums_are_those_of_float64<BFloat16>();
     test_sums_are_those_of_float64<Float16>();
     test_long_sums_are_cut_short();
-    test_tokens_are_counted();
+    test_sums_of_whole_numbers_are_exact();
+    test_tokens_are_counted<float>(3e38f, -std::numeric_limits<float>::infinity(),
+                                   std::numeric_limits<float>::quiet_NaN());
+    test_tokens_are_counted<BFloat16>({0x7f7f}, {0xff80}, {0x7fc0});
+    test_tokens_are_counted<Float16>({0x7bff}, {0xfc00}, {0x7e00});
     test_other_keys_are_refused();
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/launch.cuh"
+#include "cuda/ptx/wide_access.cuh"
 #include "execution_errors.h"
 #include "tests.h"
 
@@ -259,6 +260,11 @@ void test_mistakes_are_sentences() {
            "too much shared memory is refused");
     expect(holds(error_of([] { (void)cuda_on_cpu::thread_index(); }), "outside a kernel"),
            "device functions belong into kernels");
+    alignas(16) unsigned char bytes[32] = {};
+    expect(holds(error_of([&] { (void)rep_fast::cuda::ptx::load_16(bytes + 8); }), "not a multiple of the size"),
+           "16 bytes from an address between two multiples of 16 are found");
+    expect(holds(error_of([&] { rep_fast::cuda::ptx::store_8(bytes + 4, {}); }), "not a multiple of the size"),
+           "8 bytes to an address between two multiples of 8 are found");
     // and the executor still works afterwards
     std::vector<int> once(4);
     launch("number_threads", number_threads, {dim3(1), dim3(4)}, once.data());

@@ -4,342 +4,24 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "core/error.h"
 #include "cuda/gated_adapter.h"
 #include "executor.h"
-#include "guarded.h"
+#include "gated_problem.h"
 #include "tests.h"
 
 namespace {
 
-using rep_fast::BFloat16;
+using namespace rep_fast::tests;
 using rep_fast::DType;
-using rep_fast::Float16;
 namespace cuda = rep_fast::cuda;
 using cuda::Composition;
 
-constexpr double kEps = 0x1p-24;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// A matrix of any of the three types, as the kernels get it and as float64.
-struct Matrix {
-    std::int64_t rows, cols, stride;
-    DType dtype;
-    Guarded<unsigned char> bytes;
-    std::vector<double> values;
-
-    // is_vector: read element by element, so that it need not begin where a device's allocation does and can end at the
-    // guard.
-    Matrix(std::int64_t rows_, std::int64_t cols_, std::int64_t stride_, DType dtype_, double scale,
-           std::mt19937& random, bool is_vector = false)
-        : rows(rows_),
-          cols(cols_),
-          stride(stride_),
-          dtype(dtype_),
-          bytes(static_cast<std::size_t>(((rows - 1) * stride + cols) * width()), !is_vector) {
-        std::normal_distribution<double> normal(0.0, scale);
-        for (std::int64_t i = 0; i < rows * cols; ++i) {
-            values.push_back(put(i / cols, i % cols, static_cast<float>(normal(random))));
-        }
-    }
-    [[nodiscard]] std::int64_t width() const { return dtype == DType::kFloat32 ? 4 : 2; }
-    [[nodiscard]] double at(std::int64_t i, std::int64_t j) const {
-        return values[static_cast<std::size_t>(i * cols + j)];
-    }
-    double put(std::int64_t i, std::int64_t j, float value) {
-        unsigned char* const place = bytes.data() + (i * stride + j) * width();
-        if (dtype == DType::kFloat32) {
-            std::memcpy(place, &value, 4);
-            return static_cast<double>(value);
-        }
-        if (dtype == DType::kFloat16) {
-            const Float16 half = {
-                static_cast<std::uint16_t>(__builtin_bit_cast(std::uint16_t, static_cast<_Float16>(value)))};
-            std::memcpy(place, &half, 2);
-            return static_cast<double>(rep_fast::to_float(half));
-        }
-        const BFloat16 half = {static_cast<std::uint16_t>(__builtin_bit_cast(std::uint32_t, value) >> 16)};
-        std::memcpy(place, &half, 2);
-        return static_cast<double>(rep_fast::to_float(half));
-    }
-};
-
-struct Adapter {
-    Matrix a, b, w1, b1, w2, b2;
-    float threshold = 0.0f;
-
-    Adapter(std::int64_t dim, std::int64_t hidden, std::int64_t rank, DType dtype, std::int64_t padding,
-            std::mt19937& random)
-        : a(rank, dim, dim + padding, dtype, 1.0 / std::sqrt(static_cast<double>(dim)), random),
-          b(dim, rank, rank + padding, dtype, 0.5 / std::sqrt(static_cast<double>(rank)), random),
-          w1(hidden, dim, dim + padding, dtype, 1.0 / std::sqrt(static_cast<double>(dim)), random),
-          b1(1, hidden, hidden, dtype, 0.5, random, true),
-          w2(1, hidden, hidden, dtype, 2.0 / std::sqrt(static_cast<double>(hidden)), random, true),
-          b2(1, 1, 1, dtype, 0.5, random, true) {}
-    cuda::AdapterOnDevice on_device() {
-        return {a.bytes.data(),
-                b.bytes.data(),
-                w1.bytes.data(),
-                b1.bytes.data(),
-                w2.bytes.data(),
-                b2.bytes.data(),
-                a.stride,
-                b.stride,
-                w1.stride,
-                static_cast<std::int32_t>(w1.rows),
-                static_cast<std::int32_t>(a.rows),
-                threshold};
-    }
-};
-
-struct Case {
-    std::int64_t n_tokens, dim;
-    std::vector<std::int64_t> hidden, rank;  // per adapter
-    DType keys = DType::kFloat32, weights = DType::kFloat32;
-    std::int64_t padding = 0;
-};
-
-// A key on its way through the adapters, with a bound on what the kernel's arithmetic may add.
-struct Moving {
-    std::vector<double> key;
-    double error = 0.0;  // of each entry
-};
-
-double norm(const std::vector<double>& values) {
-    double square = 0.0;
-    for (const double value : values) {
-        square += value * value;
-    }
-    return std::sqrt(square);
-}
-
-struct Decision {
-    double logit, bound;
-};
-
-struct Problem {
-    Case shape;
-    std::mt19937 random;
-    Matrix keys;
-    std::vector<Adapter> adapters;
-
-    Problem(const Case& shape_, unsigned seed)
-        : shape(shape_),
-          random(seed),
-          keys(shape.n_tokens, shape.dim, shape.dim + shape.padding, shape.keys, 1.0, random) {
-        for (std::size_t i = 0; i < shape.hidden.size(); ++i) {
-            adapters.emplace_back(shape.dim, shape.hidden[i], shape.rank[i], shape.weights, shape.padding, random);
-            adapters.back().threshold = middle_logit(adapters.back());
-        }
-    }
-    [[nodiscard]] std::size_t n_adapters() const { return adapters.size(); }
-    [[nodiscard]] Moving native(std::int64_t token) const {
-        const auto begin = keys.values.begin() + token * shape.dim;
-        return {{begin, begin + shape.dim}, 0.0};
-    }
-
-    // The logit of a gate and the kernel's error: rounding of the products, of GELU (slope below 1.13) and of the sums,
-    // and what the key itself carries.
-    [[nodiscard]] Decision decide(const Adapter& adapter, const Moving& moving) const {
-        const double chain = static_cast<double>(shape.dim) / 256.0 + 40.0;
-        double logit = adapter.b2.values[0], bound = 4 * kEps * std::abs(logit);
-        for (std::int64_t h = 0; h < adapter.w1.rows; ++h) {
-            double hidden = adapter.b1.at(0, h), size = std::abs(hidden), slope = 0.0;
-            for (std::int64_t j = 0; j < shape.dim; ++j) {
-                const double weight = adapter.w1.at(h, j), key = moving.key[static_cast<std::size_t>(j)];
-                hidden += weight * key;
-                size += std::abs(weight * key);
-                slope += std::abs(weight);
-            }
-            const double gelu = 0.5 * hidden * std::erfc(-hidden / std::sqrt(2.0));
-            logit += adapter.w2.at(0, h) * gelu;
-            bound += std::abs(adapter.w2.at(0, h)) *
-                     (1.13 * (chain * kEps * size + slope * moving.error) + 20 * kEps * std::abs(hidden));
-        }
-        return {logit, bound + 2 * kEps * std::abs(logit)};
-    }
-
-    void move(const Adapter& adapter, const Moving& source, Moving& target) const {
-        std::vector<double> inner(static_cast<std::size_t>(adapter.a.rows), 0.0);
-        for (std::int64_t r = 0; r < adapter.a.rows; ++r) {
-            for (std::int64_t j = 0; j < shape.dim; ++j) {
-                inner[static_cast<std::size_t>(r)] += adapter.a.at(r, j) * source.key[static_cast<std::size_t>(j)];
-            }
-        }
-        const double chain = static_cast<double>(shape.dim) / 32.0 + static_cast<double>(adapter.a.rows) / 32.0 + 20.0;
-        const double size = norm(adapter.a.values) * norm(adapter.b.values);
-        target.error +=
-            size * (std::sqrt(static_cast<double>(shape.dim)) * source.error + chain * kEps * norm(source.key));
-        for (std::int64_t j = 0; j < shape.dim; ++j) {
-            double& entry = target.key[static_cast<std::size_t>(j)];
-            for (std::int64_t r = 0; r < adapter.a.rows; ++r) {
-                entry += adapter.b.at(j, r) * inner[static_cast<std::size_t>(r)];
-            }
-        }
-        target.error += 2 * kEps * norm(target.key);
-    }
-
-    // Halfway between two tokens' logits, so that about half of them open the gate.
-    [[nodiscard]] float middle_logit(const Adapter& adapter) const {
-        std::vector<double> logits;
-        for (std::int64_t token = 0; token < shape.n_tokens; ++token) {
-            logits.push_back(decide(adapter, native(token)).logit);
-        }
-        std::ranges::sort(logits);
-        const std::size_t middle = logits.size() / 2;
-        return static_cast<float>(middle == 0 ? logits[0] - 0.5 : (logits[middle - 1] + logits[middle]) / 2);
-    }
-};
-
-struct Found {
-    Guarded<unsigned char> adapted;
-    std::vector<float> logits;
-    Guarded<bool> opened;
-    std::vector<int> tickets;
-};
-
-cuda::GatedAdapterCall call_for(Problem& problem, Composition composition, std::vector<cuda::AdapterOnDevice>& adapters,
-                                Found& found) {
-    adapters.clear();
-    for (Adapter& adapter : problem.adapters) {
-        adapters.push_back(adapter.on_device());
-    }
-    cuda::GatedAdapterCall call;
-    call.adapters = adapters;
-    call.weight_dtype = problem.shape.weights;
-    call.composition = composition;
-    call.keys = problem.keys.bytes.data();
-    call.key_dtype = problem.shape.keys;
-    call.n_tokens = problem.shape.n_tokens;
-    call.key_dim = problem.shape.dim;
-    call.row_stride = problem.keys.stride;
-    call.adapted = found.adapted.data();
-    call.logits = found.logits.data();
-    call.opened = found.opened.data();
-    call.tickets = found.tickets.data();
-    return call;
-}
-
-Found room_for(const Problem& problem) {
-    const auto n = static_cast<std::size_t>(problem.shape.n_tokens);
-    const std::size_t row = static_cast<std::size_t>(problem.shape.dim * problem.keys.width());
-    return {Guarded<unsigned char>(n * row, true), std::vector<float>(problem.n_adapters() * n),
-            Guarded<bool>(problem.n_adapters() * n), std::vector<int>(problem.n_adapters() + 1)};
-}
-
-// By the kernels' own products, or by given ones as a library would make them.
-Found run(Problem& problem, Composition composition, bool with_products = false) {
-    Found found = room_for(problem);
-    std::vector<cuda::AdapterOnDevice> adapters;
-    cuda::GatedAdapterCall call = call_for(problem, composition, adapters, found);
-    Guarded<unsigned char> scratch(cuda::scratch_bytes(call), true);
-    call.scratch = scratch.data();
-    if (!with_products) {
-        cuda::gated_adapter(call, nullptr);
-        EXPECT(std::ranges::count(found.tickets, 0) == std::ssize(found.tickets));
-        return found;
-    }
-    const std::size_t row = static_cast<std::size_t>(call.key_dim * problem.keys.width());
-    for (std::int64_t token = 0; token < call.n_tokens; ++token) {
-        std::memcpy(found.adapted.data() + static_cast<std::size_t>(token) * row,
-                    problem.keys.bytes.data() + token * problem.keys.stride * problem.keys.width(), row);
-    }
-    for (std::size_t i = 0; i < adapters.size(); ++i) {
-        const Adapter& adapter = problem.adapters[i];
-        const std::int64_t n_hidden = adapter.w1.rows, stride = n_hidden + 2;
-        Guarded<float> products(static_cast<std::size_t>((call.n_tokens - 1) * stride + n_hidden));
-        for (std::int64_t token = 0; token < call.n_tokens; ++token) {
-            for (std::int64_t h = 0; h < n_hidden; ++h) {
-                double product = 0.0;
-                for (std::int64_t j = 0; j < call.key_dim; ++j) {
-                    product += adapter.w1.at(h, j) * problem.keys.at(token, j);
-                }
-                products[static_cast<std::size_t>(token * stride + h)] = static_cast<float>(product);
-            }
-        }
-        const std::size_t first = i * static_cast<std::size_t>(call.n_tokens);
-        cuda::gate_products({products.data(), call.n_tokens, stride, adapters[i], call.weight_dtype,
-                             found.logits.data() + first, found.opened.data() + first},
-                            nullptr);
-    }
-    cuda::apply_open(call, nullptr);
-    return found;
-}
-
-double value_of(const Problem& problem, const Found& found, std::size_t place) {
-    const unsigned char* from = found.adapted.data() + place * static_cast<std::size_t>(problem.keys.width());
-    if (problem.shape.keys == DType::kFloat32) {
-        float value;
-        std::memcpy(&value, from, 4);
-        return static_cast<double>(value);
-    }
-    std::uint16_t bits;
-    std::memcpy(&bits, from, 2);
-    return static_cast<double>(problem.shape.keys == DType::kFloat16 ? rep_fast::to_float(Float16{bits})
-                                                                     : rep_fast::to_float(BFloat16{bits}));
-}
-
-// Walks a token through the adapters; returns how often it moved.
-int expect_token(const Problem& problem, const Found& found, Composition composition, std::int64_t token) {
-    const Moving start = problem.native(token);
-    Moving current = start;
-    std::vector<std::size_t> fired;
-    std::vector<double> logits;
-    for (std::size_t i = 0; i < problem.n_adapters(); ++i) {
-        const Adapter& adapter = problem.adapters[i];
-        const Decision decision = problem.decide(adapter, composition == Composition::kChain ? current : start);
-        // a decision that rounding could turn would say nothing
-        EXPECT(std::abs(decision.logit - static_cast<double>(adapter.threshold)) > decision.bound);
-        const std::size_t place =
-            i * static_cast<std::size_t>(problem.shape.n_tokens) + static_cast<std::size_t>(token);
-        EXPECT(std::abs(static_cast<double>(found.logits[place]) - decision.logit) <= decision.bound);
-        logits.push_back(decision.logit);
-        if (decision.logit > static_cast<double>(adapter.threshold)) {
-            fired.push_back(i);
-            if (composition == Composition::kChain) {
-                const Moving source = current;
-                problem.move(adapter, source, current);
-            }
-        }
-    }
-    if (composition == Composition::kArgmax && fired.size() > 1) {
-        fired = {*std::ranges::max_element(fired, {}, [&](std::size_t i) { return logits[i]; })};
-    }
-    if (composition != Composition::kChain) {
-        for (const std::size_t i : fired) {
-            problem.move(problem.adapters[i], start, current);
-        }
-    }
-    for (std::size_t i = 0; i < problem.n_adapters(); ++i) {
-        const bool opened =
-            found.opened[i * static_cast<std::size_t>(problem.shape.n_tokens) + static_cast<std::size_t>(token)];
-        EXPECT(opened == (std::ranges::find(fired, i) != fired.end()));
-    }
-    const double rounding = problem.shape.keys == DType::kFloat32   ? kEps
-                            : problem.shape.keys == DType::kFloat16 ? 0x1p-11
-                                                                    : 0x1p-8;
-    for (std::int64_t j = 0; j < problem.shape.dim; ++j) {
-        const double wanted = current.key[static_cast<std::size_t>(j)];
-        const double got = value_of(problem, found, static_cast<std::size_t>(token * problem.shape.dim + j));
-        const double allowed =
-            fired.empty() ? 0.0 : current.error + rounding * (std::abs(wanted) + current.error) + 0x1p-25;
-        EXPECT(std::abs(got - wanted) <= allowed);
-    }
-    return static_cast<int>(fired.size());
-}
-
-int expect_reference(const Problem& problem, const Found& found, Composition composition) {
-    int most = 0;
-    for (std::int64_t token = 0; token < problem.shape.n_tokens; ++token) {
-        most = std::max(most, expect_token(problem, found, composition, token));
-    }
-    return most;
-}
-
 constexpr Composition kAll[] = {Composition::kChain, Composition::kArgmax, Composition::kSum};
 
 void test_tokens_are_adapted() {
@@ -349,6 +31,10 @@ void test_tokens_are_adapted() {
         {5, 37, {4, 5}, {33, 2}, DType::kFloat32, DType::kFloat32, 3},
         {17, 24, {8}, {2}, DType::kFloat16, DType::kBFloat16, 8},   // two tiles of tokens
         {2, 2059, {5}, {2}, DType::kBFloat16, DType::kFloat32, 5},  // a second round of columns, and a rest
+        {1, 8, {300}, {1}},                                         // more tiles of hidden rows than a warp has lanes
+        {2, 8, {140}, {2}},
+        {3, 12, {5}, {2}, DType::kFloat32, DType::kBFloat16},  // rows of keys allow 16-byte accesses, those of W1 do
+                                                               // not
     };
     unsigned seed = 1;
     for (const Case& shape : cases) {
@@ -369,6 +55,48 @@ void test_compositions() {
             }
             const int most = expect_reference(problem, run(problem, composition, with_products), composition);
             EXPECT(most >= (composition == Composition::kArgmax ? 1 : 3));
+        }
+    }
+}
+
+// More tokens than a block's warps, more hidden rows than a warp's lanes.
+void test_products_of_a_library() {
+    const Case cases[] = {{11, 16, {40, 3}, {2, 2}, DType::kBFloat16, DType::kBFloat16},
+                          {17, 8, {33}, {1}, DType::kFloat32, DType::kFloat32}};
+    for (const Case& shape : cases) {
+        Problem problem(shape, 7);
+        EXPECT(expect_reference(problem, run(problem, Composition::kChain, true), Composition::kChain) > 0);
+    }
+}
+
+// Of more tokens than a block has threads the last one alone moves a third time.
+void test_late_moves_of_many_tokens() {
+    constexpr std::int64_t kTokens = 257;
+    for (const Composition composition : {Composition::kChain, Composition::kSum}) {
+        Problem problem({kTokens, 1, {1, 1, 1}, {1, 1, 1}}, 2);
+        problem.keys.set(kTokens - 1, 0, 8.0f);
+        for (Adapter& adapter : problem.adapters) {
+            adapter.w1.set(0, 0, 1.0f);
+            adapter.b1.set(0, 0, 0.0f);
+            adapter.w2.set(0, 0, 1.0f);
+            adapter.b2.set(0, 0, 0.0f);
+            adapter.a.set(0, 0, 0.5f);
+            adapter.b.set(0, 0, 0.5f);
+            adapter.threshold = 6.0f;
+        }
+        const Found found = run(problem, composition);
+        EXPECT(expect_reference(problem, found, composition) == 3);
+        EXPECT(std::ranges::count(found.opened, true) == 3);
+    }
+}
+
+// What lies in scratch before a call means nothing: also not zeros, which name the first adapter.
+void test_scratch_needs_no_values() {
+    for (const Composition composition : kAll) {
+        for (const bool with_products : {false, true}) {
+            Problem problem({3, 12, {3, 4, 2}, {2, 1, 2}, DType::kBFloat16, DType::kFloat32}, 11);
+            const Found found = run(problem, composition, with_products, 0);
+            EXPECT(expect_reference(problem, found, composition) > 0);
         }
     }
 }
@@ -410,43 +138,21 @@ void test_late_moves_decide_again() {
     }
 }
 
-// More than travel with a launch; only the first and one of the last open.
-void test_many_adapters() {
-    Problem problem({2, 8, std::vector<std::int64_t>(35, 1), std::vector<std::int64_t>(35, 1)}, 5);
-    for (std::size_t i = 0; i < 35; ++i) {
-        problem.adapters[i].threshold = i == 0 || i == 33 ? -50.0f : 50.0f;
-    }
-    EXPECT(expect_reference(problem, run(problem, Composition::kChain), Composition::kChain) == 2);
-}
-
 void test_shut_gates_leave_bits_alone() {
     Problem problem({3, 19, {6}, {2}, DType::kBFloat16, DType::kFloat32}, 8);
     const std::uint16_t odd[] = {0x7fc1, 0x8000, 0xffff, 0x7f81};
     std::memcpy(problem.keys.bytes.data() + 19 * 2, odd, sizeof(odd));  // NaNs with payloads in the second row
-    problem.adapters[0].threshold = 1e4f;
-    const Found found = run(problem, Composition::kChain);
-    EXPECT(std::memcmp(found.adapted.data(), problem.keys.bytes.data(), 3 * 19 * 2) == 0);
-    EXPECT(!found.opened[0] && !found.opened[1] && !found.opened[2] && std::isnan(found.logits[1]));
-    problem.adapters[0].threshold = kInfinity;
-    EXPECT(std::memcmp(run(problem, Composition::kSum).adapted.data(), problem.keys.bytes.data(), 3 * 19 * 2) == 0);
+    for (const float threshold : {1e4f, kInfinity}) {
+        problem.adapters[0].threshold = threshold;
+        for (const Composition composition : kAll) {
+            const Found found = run(problem, composition);
+            EXPECT(std::memcmp(found.adapted.data(), problem.keys.bytes.data(), 3 * 19 * 2) == 0);
+            EXPECT(!found.opened[0] && !found.opened[1] && !found.opened[2] && std::isnan(found.logits[1]));
+        }
+    }
     problem.adapters[0].threshold = -kInfinity;  // opens whatever the logit is
     const Found always = run(problem, Composition::kChain);
     EXPECT(always.opened[0] && always.opened[1] && always.opened[2]);
-}
-
-// A logit that equals its threshold is shut; equal logits: the first adapter acts.
-void test_ties() {
-    Problem problem({1, 8, {4, 4}, {2, 2}}, 9);
-    Adapter &first = problem.adapters[0], &second = problem.adapters[1];
-    second.threshold = first.threshold;
-    for (const auto part : {&Adapter::a, &Adapter::b, &Adapter::w1, &Adapter::b1, &Adapter::w2, &Adapter::b2}) {
-        std::memcpy((second.*part).bytes.data(), (first.*part).bytes.data(), (first.*part).bytes.size());
-    }
-    const Found both = run(problem, Composition::kArgmax);
-    EXPECT(both.logits[0] == both.logits[1] && both.opened[0] && !both.opened[1]);
-    first.threshold = second.threshold = both.logits[0];
-    const Found none = run(problem, Composition::kArgmax);
-    EXPECT(!none.opened[0] && !none.opened[1]);
 }
 
 void test_bits_do_not_depend_on_the_order_of_blocks() {
@@ -481,7 +187,10 @@ void test_errors_name_what_is_wrong() {
     EXPECT(error_of(call).find("got float16") != std::string::npos);
     call.weight_dtype = DType::kFloat32;
     adapters[0].rank = 0;
-    EXPECT(error_of(call).find("needs hidden rows and a rank") != std::string::npos);
+    EXPECT(error_of(call).find("needs hidden rows and a rank, got 2 and 0") != std::string::npos);
+    adapters[0].rank = 1;
+    adapters[0].n_hidden = 0;
+    EXPECT(error_of(call).find("needs hidden rows and a rank, got 0 and 1") != std::string::npos);
     call.adapters = {};
     EXPECT(error_of(call).find("no adapter given") != std::string::npos);
 }
@@ -491,10 +200,11 @@ void test_errors_name_what_is_wrong() {
 void test_gated_adapter() {
     test_tokens_are_adapted();
     test_compositions();
+    test_products_of_a_library();
     test_late_moves_decide_again();
-    test_many_adapters();
+    test_late_moves_of_many_tokens();
+    test_scratch_needs_no_values();
     test_shut_gates_leave_bits_alone();
-    test_ties();
     test_bits_do_not_depend_on_the_order_of_blocks();
     test_errors_name_what_is_wrong();
 }

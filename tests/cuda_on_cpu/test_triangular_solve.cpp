@@ -21,6 +21,8 @@ struct Shape {
 
 constexpr Shape kShapes[] = {{1, 1, 0, false},   {63, 2, 1, false}, {64, 64, 0, true},
                              {65, 65, 3, false}, {150, 7, 2, true}, {200, 1, 0, true}};
+// More rows than the launches that move columns in and out have blocks.
+constexpr Shape kManyRows = {1030, 2, 2, true};
 
 // A factor whose upper triangle is NaN, with right-hand sides of very different sizes.
 struct Problem {
@@ -153,15 +155,33 @@ void expect_small_rest(const Problem& problem, const std::vector<double>& x, std
     }
 }
 
+void expect_solved(const Problem& problem) {
+    const std::vector<double> x = problem.solve(0, problem.shape.n_columns);
+    for (std::int64_t column = 0; column < problem.shape.n_columns; ++column) {
+        expect_small_rest(problem, x, column);
+    }
+}
+
 void test_solves_leave_little_over() {
     unsigned seed = 0;
     for (const Shape& shape : kShapes) {
         cuda_on_cpu::set_seed(++seed);
-        const Problem problem(shape, seed);
-        const std::vector<double> x = problem.solve(0, shape.n_columns);
-        for (std::int64_t column = 0; column < shape.n_columns; ++column) {
-            expect_small_rest(problem, x, column);
-        }
+        expect_solved(Problem(shape, seed));
+    }
+    expect_solved(Problem(kManyRows, 7));
+}
+
+// Wherever the entry lies that alone makes a column's size, in b or by its scale: float32 would overflow without it.
+void test_size_is_that_of_the_largest_entry() {
+    constexpr std::int64_t kRows = 130;
+    for (const std::int64_t large : {0, 1, 63, 64, 127, 128, 129}) {
+        const auto at = static_cast<std::size_t>(large);
+        Problem by_entry({kRows, 1, 0, true}, 5);
+        by_entry.b[at] = -1e150;
+        expect_solved(by_entry);
+        Problem by_scale({kRows, 1, 0, true}, 6);
+        by_scale.scale[at] = 1e60;
+        expect_solved(by_scale);
     }
 }
 
@@ -226,6 +246,7 @@ void test_residuals_are_those_of_float64(bool is_double) {
 void test_triangular_solve() {
     test_inverses_are_those_of_float64();
     test_solves_leave_little_over();
+    test_size_is_that_of_the_largest_entry();
     test_a_column_does_not_depend_on_others();
     test_residuals_are_those_of_float64<float>(false);
     test_residuals_are_those_of_float64<double>(true);

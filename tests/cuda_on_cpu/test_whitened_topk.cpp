@@ -20,11 +20,16 @@ namespace cuda = rep_fast::cuda;
 
 // Scans in chunks of `chunk` keys with approximate scores anywhere inside the bound, as unkind as may be: keys that
 // belong among the hits are shown at the lower end, others at the upper.
-Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margin) {
+Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margin, float slack = 0.0f) {
     Found found;
     found.scores.assign(static_cast<std::size_t>(input.n_queries * input.k), -kInfinity);
     found.ids.assign(static_cast<std::size_t>(input.n_queries * input.k), -1);
-    std::vector<float> margins, slacks(static_cast<std::size_t>(input.n_queries), 0.0f);
+    std::vector<float> margins, slacks(static_cast<std::size_t>(input.n_queries), slack);
+    std::vector<std::int64_t> indptr{0}, subjects;
+    for (const auto& excluded_for : input.listed) {
+        subjects.insert(subjects.end(), excluded_for.begin(), excluded_for.end());
+        indptr.push_back(std::ssize(subjects));
+    }
     for (std::int64_t query = 0; query < input.n_queries; ++query) {
         double square = 0.0;
         for (std::int64_t j = 0; j < input.key_dim; ++j) {
@@ -46,7 +51,7 @@ Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margi
                 const float share = std::uniform_real_distribution<float>(-0.999f, 0.999f)(input.random);
                 const float norm = norms[static_cast<std::size_t>(row)];
                 const float error =
-                    std::isfinite(norm) ? share * norm * margins[static_cast<std::size_t>(query)] : 0.0f;
+                    std::isfinite(norm) ? share * (norm * margins[static_cast<std::size_t>(query)] + slack) : 0.0f;
                 // what overflowed on the way may end anywhere
                 const bool overflows = norm * margins[static_cast<std::size_t>(query)] >= 0x1p100f;
                 approximate[static_cast<std::size_t>(query * rows + row)] =
@@ -76,6 +81,9 @@ Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margi
                                     input.lookback.data(),
                                     std::ssize(input.lookback),
                                     input.window};
+        }
+        if (!input.listed.empty()) {
+            selection.pairs = {indptr.data(), subjects.data()};
         }
         cuda::select_hits(selection, nullptr);
     }
@@ -160,6 +168,34 @@ void test_a_product_that_overflowed_is_scored_exactly() {
     expect_brute_force(input, found, false, std::vector<bool>(300, true));
 }
 
+// What underflows in a product takes from every score the same at most, however short the key.
+void test_slack_of_a_query_counts() {
+    Scan input(400, 4, 9, 6, 17);
+    for (const float margin : {0.0f, 0.02f}) {
+        const Found found = scan(input, 90, false, margin, 6.0f);
+        expect_brute_force(input, found, false, std::vector<bool>(400, true));
+    }
+}
+
+// Lists are those of the block's rows, wherever the chunk begins; some are longer than a warp, some are empty.
+void test_listed_pairs_are_left_out() {
+    constexpr std::int64_t kKeys = 90, kQueries = 45;
+    for (const bool with_rule : {false, true}) {
+        Scan input(kKeys, kQueries, 5, 4, 23);
+        for (std::int64_t row = 0; row < kKeys; ++row) {
+            std::vector<std::int64_t> excluded_for;
+            for (std::int64_t query = 0; query < kQueries; ++query) {
+                if (row % 5 != 0 && (query * 7 + row * 3) % 11 < row % 11) {
+                    excluded_for.push_back(query);
+                }
+            }
+            input.listed.push_back(excluded_for);
+        }
+        const Found found = scan(input, 40, with_rule, 0.01f);
+        expect_brute_force(input, found, with_rule, std::vector<bool>(kKeys, true));
+    }
+}
+
 // The tokens before row 0 belong to its sequence, oldest first, and none before them is looked at.
 void test_the_window_reaches_into_the_block_before() {
     for (const std::int64_t window : {0, 1, 2, 3, 40}) {
@@ -216,6 +252,8 @@ void test_whitened_topk() {
     test_rows_that_are_not_finite_are_left_out_and_counted();
     test_approximate_scores_may_be_nan_or_infinite();
     test_a_product_that_overflowed_is_scored_exactly();
+    test_slack_of_a_query_counts();
+    test_listed_pairs_are_left_out();
     test_the_window_reaches_into_the_block_before();
     test_a_query_without_margin_keeps_its_state();
     test_norms_are_upper_bounds();

@@ -6,6 +6,7 @@ void test_executor();
 void test_fused_scan();
 void test_fused_scan_int8();
 void test_gated_adapter();
+void test_gated_adapter_choice();
 void test_hopper_instructions();
 void test_number();
 void test_packed_scores();

@@ -28,6 +28,7 @@ struct Scan {
     std::vector<rep_fast::BFloat16> keys;
     std::vector<float> queries;
     std::vector<std::int64_t> tokens, starts{0}, last_tokens, lookback;
+    std::vector<std::vector<std::int64_t>> listed;  // per row, queries it is excluded for; empty: there is no list
     std::int64_t window = 3;
     std::mt19937 random;
 
@@ -84,10 +85,15 @@ struct Scan {
         return false;
     }
 
+    bool is_listed(std::int64_t query, std::int64_t row) const {
+        return !listed.empty() && std::ranges::count(listed[static_cast<std::size_t>(row)], query) > 0;
+    }
+
     std::vector<Hit> brute_force(std::int64_t query, bool with_rule, const std::vector<bool>& is_finite) const {
         std::vector<Hit> all;
         for (std::int64_t row = 0; row < n_keys; ++row) {
-            if (is_finite[static_cast<std::size_t>(row)] && !(with_rule && is_excluded(query, row))) {
+            const bool is_out = (with_rule && is_excluded(query, row)) || is_listed(query, row);
+            if (is_finite[static_cast<std::size_t>(row)] && !is_out) {
                 all.push_back({exact(query, row), 1000 + row});
             }
         }
