@@ -4,6 +4,7 @@ from torch import Tensor
 
 bodies: list[str]
 largest_k: int
+more_gate_tickets: int
 quantised_multiple: int
 solve_block: int
 

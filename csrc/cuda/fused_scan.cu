@@ -144,13 +144,6 @@ BoxedMatrix query_matrix(const FusedScan& scan) {
             is_in_steps(scan) ? 1 : 2};
 }
 
-int n_multiprocessors() {
-    int device = 0, count = 0;
-    REP_FAST_CUDA_CHECK(cudaGetDevice(&device));
-    REP_FAST_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-}
-
 template <class Product, int kQueries, int kStages>
 void multiply_chunk(const FusedScan& scan, cudaStream_t stream) {
     FusedShape shape;

@@ -1,12 +1,14 @@
-// Gates and projections of gated_adapter, for every architecture.
+// Gates and projections of gated_adapter in one launch, for every architecture.
 //
-// A block of the first launch owns 8 (one token) or 4 hidden rows of one adapter: its 8 warps read those rows once, 16
-// bytes a lane, against up to 8 keys, which come from L1 and L2, as the rows do for the next 8 keys. The last block of
-// an adapter adds the shares of its rows in their order, the last of all says whose turn it is: logits do not depend on
-// the schedule. A projection reads A and B once per open token.
+// The launch is cooperative: as many blocks as run at once, which wait for each other between its phases. A tile is 8
+// (one token) or 4 hidden rows of one adapter; the 8 warps of a block read those rows once, 16 bytes a lane, against up
+// to 8 keys, which come from L1 and L2, as the rows do for the next 8 keys. The block that ends an adapter's last tile
+// adds the shares of its rows in their order, the one that ends the last adapter says whose turn it is: logits do not
+// depend on the schedule. Where nobody's turn it is, all blocks leave. Else they project, reading A and B once per open
+// token, and where a token can move again its later gates decide anew, until nothing moves.
 // Bytes: 2 or 4·H·M per adapter, once; keys and outputs 2·T·M each. Limit: memory up to about 8 tokens.
-// Registers: 116 to 191 for the gates (nvcc 13.0), none spilled, as long as one block per processor is all that is
-// asked for. Occupancy, time: not measured yet on a device.
+// Registers by ptxas 13.0: 114 to 126 at one token, two blocks of a multiprocessor, 220 to 238 at more; none spilled.
+// Time: not measured yet on a device.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,14 +17,13 @@
 #include "cuda/gated_adapter.h"
 #include "cuda/gated_adapter_steps.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx/counter.cuh"
 
 namespace rep_fast::cuda {
 namespace {
 
-// Blocks of a launch that mostly has nothing to do: enough for the memory, few enough to be over at once.
-constexpr unsigned kProjectionBlocks = 256;
-// Times a token can move by whole launches; whoever moves more often is finished by one block.
-constexpr int kRounds = 2;
+// Blocks that share out the projections of many tokens, whose gates are decided before.
+constexpr int kProjectionBlocks = 256;
 constexpr std::int64_t kAlignment = 256;
 
 // True in the last of `n_blocks` blocks that ask, which then sees what the others wrote.
@@ -53,80 +54,130 @@ __device__ inline std::int64_t warps_of_grid() {
     return static_cast<std::int64_t>(kGateWarps) * gridDim.x;
 }
 
-// `adapted` is there where the gates decide for the first time, and gets the keys.
+// What this block has written is there for whoever waits for one more in `counter`.
+__device__ inline void raise(int* counter) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(counter, 1);
+    }
+}
+
+__device__ inline void wait_for(const int* counter, int value) {
+    if (threadIdx.x == 0) {
+        ptx::wait_until_reached(counter, value);
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+// Numbers that grow in the course of a launch and are zero at its end, behind the tickets of the adapters.
+struct Progress {
+    int* n_decided;  // times that whose turn it is has been said
+    int* n_arrived;  // blocks at a barrier, of all barriers
+    int* n_left;     // blocks that are through
+};
+
+__device__ inline Progress progress_of(const GateWork& work) {
+    int* const begin = work.tickets + work.n_adapters + 1;
+    return {begin, begin + 1, begin + 2};
+}
+static_assert(kMoreTickets == 4, "the ticket of all adapters, and the numbers of Progress");
+
+// The `number`-th barrier of all blocks.
+__device__ inline void wait_for_all(const Progress& progress, int number) {
+    raise(progress.n_arrived);
+    wait_for(progress.n_arrived, number * static_cast<int>(gridDim.x));
+}
+
+__device__ inline void leave(const Progress& progress) {
+    __syncthreads();  // nobody of this block waits any more
+    if (threadIdx.x == 0 && atomicAdd(progress.n_left, 1) == static_cast<int>(gridDim.x) - 1) {
+        *progress.n_decided = 0;
+        *progress.n_arrived = 0;
+        *progress.n_left = 0;
+    }
+}
+
+// All gates decide, or those of tokens that moved; then it is said whose turn it is.
+template <int kTokens, int kRows, class Weight, class Key>
+__device__ inline void decide(const GateWork& work, const KeyRows<Key>& keys, GateShared& shared, bool renews) {
+    for (int tile = static_cast<int>(blockIdx.x); tile < work.n_tiles; tile += static_cast<int>(gridDim.x)) {
+        const int adapter = adapter_of_tile(work, tile), n_tiles = tiles_of(work, adapter);
+        gate_tile<kTokens, kRows, Key, Weight>(work, keys, shared, adapter, tile, renews);
+        if (!is_last_block(work.tickets + adapter, n_tiles, shared.is_last)) {
+            continue;
+        }
+        settle_gate<Weight>(work, adapter, n_tiles, renews);
+        if (is_last_block(work.tickets + work.n_adapters, work.n_adapters, shared.is_last)) {
+            choose_acting(work, !renews);
+            raise(progress_of(work).n_decided);
+        }
+    }
+}
+
+__device__ inline bool is_anybody_acting(const GateWork& work) {
+    int n_acting = 0;
+    for (std::int64_t token = threadIdx.x; token < work.n_tokens; token += kGateThreads) {
+        n_acting += work.acting[token] >= 0 ? 1 : 0;
+    }
+    return __syncthreads_or(n_acting) != 0;
+}
+
+// One token's tile leaves registers for two blocks on a multiprocessor: else some of them would read twice as many rows
+// as the others, one after the other.
+template <int kTokens>
+inline constexpr int kBlocksTogether = kTokens == 1 ? 2 : 1;
+
+// `decides`: the gates of the native keys are decided here and `adapted` gets the keys; else both are done.
 template <int kTokens, int kRows, class Key, class Weight>
-__global__ void __launch_bounds__(kGateThreads, 1)
-    gate_kernel(const __grid_constant__ GateWork work, KeyRows<Key> keys, Key* adapted) {
+__global__ void __launch_bounds__(kGateThreads, kBlocksTogether<kTokens>)
+    gates_kernel(const __grid_constant__ GateWork work, KeyRows<Key> keys, KeyRows<float> values, Key* adapted,
+                 bool decides) {
     auto& shared = shared_as<GateShared>();
-    const bool renews = adapted == nullptr;
-    const int tile = static_cast<int>(blockIdx.x);
-    const int adapter = adapter_of_tile(work, tile);
-    if (!renews) {
+    const Progress progress = progress_of(work);
+    const bool is_chain = work.composition == Composition::kChain;
+    const bool moves_once = work.values == nullptr;
+    if (decides) {
         const std::int64_t n = work.n_tokens * work.key_dim;
         const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kGateThreads + threadIdx.x;
         for (std::int64_t i = thread; i < n; i += static_cast<std::int64_t>(gridDim.x) * kGateThreads) {
             adapted[i] = keys.data[i / work.key_dim * keys.row_stride + i % work.key_dim];
         }
+        decide<kTokens, kRows, Weight>(work, keys, shared, false);
+    } else if (blockIdx.x == 0) {
+        choose_acting(work, true);
+        raise(progress.n_decided);
     }
-    gate_tile<kTokens, kRows, Key, Weight>(work, keys, shared, adapter, tile, renews);
-    const int n_tiles = tiles_of(work, adapter);
-    if (!is_last_block(work.tickets + adapter, n_tiles, shared.is_last)) {
-        return;
-    }
-    settle_gate<Weight>(work, adapter, n_tiles, renews);
-    if (is_last_block(work.tickets + work.n_adapters, work.n_adapters, shared.is_last)) {
-        choose_acting(work, !renews);
-    }
-}
-
-__global__ void __launch_bounds__(kGateThreads) choose_kernel(const __grid_constant__ GateWork work, bool is_first) {
-    choose_acting(work, is_first);
-}
-
-template <class Weight>
-__global__ void __launch_bounds__(kGateThreads) inner_kernel(const __grid_constant__ GateWork work, AnyRows keys) {
-    project_inner<Weight>(work, keys, warp_of_grid(), warps_of_grid());
-}
-
-template <class Weight>
-__global__ void __launch_bounds__(kGateThreads, 1)
-    outer_kernel(const __grid_constant__ GateWork work, AnyRows bases, void* adapted, DType dtype) {
-    project_outer<Weight>(work, bases, adapted, dtype, warp_of_grid(), warps_of_grid());
-}
-
-// One block does whatever is left. `keys` are what the adapters see: `values` where they are chained, else the native
-// keys.
-template <int kTokens, int kRows, class Weight>
-__global__ void __launch_bounds__(kGateThreads) finish_kernel(const __grid_constant__ GateWork work, AnyRows keys,
-                                                              KeyRows<float> values, void* adapted, DType dtype) {
-    auto& shared = shared_as<GateShared>();
-    const std::int64_t warp = threadIdx.x / kLanes;
-    while (true) {
-        int n_acting = 0;
-        for (std::int64_t token = threadIdx.x; token < work.n_tokens; token += kGateThreads) {
-            n_acting += work.acting[token] >= 0 ? 1 : 0;
+    for (int round = 1;; ++round) {
+        wait_for(progress.n_decided, round);
+        if (!is_anybody_acting(work)) {
+            break;
         }
-        if (__syncthreads_or(n_acting) == 0) {
-            return;
+        // the gates of a chain see what earlier ones made of the key
+        if (round == 1 || !is_chain) {
+            project_inner<Weight>(work, keys, shared);
+        } else {
+            project_inner<Weight>(work, values, shared);
         }
-        project_inner<Weight>(work, keys, warp, kGateWarps);
-        __syncthreads();
-        project_outer<Weight>(work, {values.data, DType::kFloat32, values.row_stride}, adapted, dtype, warp,
-                              kGateWarps);
-        __syncthreads();
-        if (work.composition == Composition::kChain) {
-            for (int tile = 0; tile < work.n_tiles; ++tile) {
-                gate_tile<kTokens, kRows, float, Weight>(work, values, shared, adapter_of_tile(work, tile), tile, true);
-            }
-            __syncthreads();
-            for (int adapter = 0; adapter < work.n_adapters; ++adapter) {
-                settle_gate<Weight>(work, adapter, tiles_of(work, adapter), true);
-            }
-            __syncthreads();
+        wait_for_all(progress, 2 * round - 1);
+        if (round == 1) {
+            project_outer<Weight>(work, keys, adapted, warp_of_grid(), warps_of_grid());
+        } else {
+            project_outer<Weight>(work, values, adapted, warp_of_grid(), warps_of_grid());
         }
-        choose_acting(work, false);
-        __syncthreads();
+        if (moves_once) {
+            break;
+        }
+        wait_for_all(progress, 2 * round);
+        if (is_chain) {
+            decide<kTokens, kRows, Weight>(work, values, shared, true);
+        } else if (blockIdx.x == 0) {
+            choose_acting(work, false);
+            raise(progress.n_decided);
+        }
     }
+    leave(progress);
 }
 
 struct SomeEntries {
@@ -178,7 +229,9 @@ class Pieces {
 };
 
 GateEntry entry_for(const AdapterOnDevice& adapter, DType dtype, int first_tile) {
-    return {adapter, first_tile, allows_sixteen_bytes(adapter.w1, adapter.w1_stride, element_bytes(dtype))};
+    const std::int64_t size = element_bytes(dtype);
+    return {adapter, first_tile, allows_sixteen_bytes(adapter.w1, adapter.w1_stride, size),
+            allows_sixteen_bytes(adapter.a, adapter.a_stride, size)};
 }
 
 int count_tiles(const AdapterOnDevice& adapter, GateTile tile) {
@@ -242,110 +295,43 @@ void fill_entries(Plan& plan, const GatedAdapterCall& call, cudaStream_t stream)
     plan.work.many = plan.stored;
 }
 
-// The launches of one call.
-template <class Weight>
-struct Launches {
-    const Plan& plan;
-    const GatedAdapterCall& call;
-    KeyRows<float> values;
-    cudaStream_t stream;
+template <int kTokens, int kRows, class Key, class Weight>
+void launch_gates(const GatedAdapterCall& call, const GateWork& work, bool decides, cudaStream_t stream) {
+    const auto* data = static_cast<const Key*>(call.keys);
+    const KeyRows<Key> keys = {data, call.row_stride, allows_sixteen_bytes(data, call.row_stride, sizeof(Key))};
+    const KeyRows<float> values = {work.values, call.key_dim,
+                                   allows_sixteen_bytes(work.values, call.key_dim, sizeof(float))};
+    const auto kernel = gates_kernel<kTokens, kRows, Key, Weight>;
+    const int n_blocks =
+        std::min(decides ? work.n_tiles : kProjectionBlocks, blocks_at_once(kernel, kGateThreads, sizeof(GateShared)));
+    launch("gated_adapter", kernel,
+           {.grid = dim3(static_cast<unsigned>(n_blocks)),
+            .block = dim3(kGateThreads),
+            .shared_bytes = sizeof(GateShared),
+            .stream = stream,
+            .is_cooperative = true},
+           work, keys, values, static_cast<Key*>(call.adapted), decides);
+}
 
-    // use(kTokens, kRows) as constants.
-    template <class Use>
-    void with_tile(const Use& use) const {
-        if (call.n_tokens == 1) {
-            use.template operator()<kOneToken.tokens, kOneToken.rows>();
-        } else {
-            use.template operator()<kManyTokens.tokens, kManyTokens.rows>();
-        }
-    }
-
-    [[nodiscard]] LaunchShape shape(std::int64_t n_blocks) const {
-        return {dim3(static_cast<unsigned>(n_blocks)), dim3(kGateThreads), sizeof(GateShared), stream};
-    }
-
-    template <class Key>
-    void decide() const {
-        const auto* data = static_cast<const Key*>(call.keys);
-        const KeyRows<Key> keys = {data, call.row_stride, allows_sixteen_bytes(data, call.row_stride, sizeof(Key))};
-        with_tile([&]<int kTokens, int kRows>() {
-            launch("gate", gate_kernel<kTokens, kRows, Key, Weight>, shape(plan.work.n_tiles), plan.work, keys,
-                   static_cast<Key*>(call.adapted));
-        });
-    }
-
-    void decide_again() const {
-        with_tile([&]<int kTokens, int kRows>() {
-            launch("renew_gates", gate_kernel<kTokens, kRows, float, Weight>, shape(plan.work.n_tiles), plan.work,
-                   values, nullptr);
-        });
-    }
-
-    void choose(bool is_first) const { launch("choose_acting", choose_kernel, shape(1), plan.work, is_first); }
-
-    // The keys that adapters see, and those their projections are added to.
-    [[nodiscard]] AnyRows native() const { return {call.keys, call.key_dtype, call.row_stride}; }
-    [[nodiscard]] AnyRows moved() const { return {values.data, DType::kFloat32, values.row_stride}; }
-    [[nodiscard]] AnyRows seen(bool is_first) const {
-        return is_first || call.composition == Composition::kSum ? native() : moved();
-    }
-
-    void project(bool is_first) const {
-        const LaunchShape blocks = shape(kProjectionBlocks);
-        launch("project_inner", inner_kernel<Weight>, blocks, plan.work, seen(is_first));
-        launch("project_outer", outer_kernel<Weight>, blocks, plan.work, is_first ? native() : moved(), call.adapted,
-               call.key_dtype);
-    }
-
-    void finish() const {
-        with_tile([&]<int kTokens, int kRows>() {
-            launch("finish_gates", finish_kernel<kTokens, kRows, Weight>, shape(1), plan.work, seen(false), values,
-                   call.adapted, call.key_dtype);
-        });
-    }
-
-    void apply() const {
-        const int n_moves = call.composition == Composition::kArgmax ? 1 : plan.work.n_adapters;
-        for (int round = 0; round < std::min(n_moves, kRounds); ++round) {
-            project(round == 0);
-            if (round + 1 == n_moves) {
-                return;
-            }
-            if (call.composition == Composition::kChain) {
-                decide_again();
-            } else {
-                choose(false);
-            }
-        }
-        finish();
-    }
-};
-
-template <class Weight>
-void decide_gates(const Launches<Weight>& launches) {
-    switch (launches.call.key_dtype) {
-        case DType::kFloat32:
-            return launches.template decide<float>();
-        case DType::kBFloat16:
-            return launches.template decide<BFloat16>();
-        default:
-            return launches.template decide<Float16>();
+template <class Key, class Weight>
+void run_typed(const GatedAdapterCall& call, const GateWork& work, bool decides, cudaStream_t stream) {
+    if (call.n_tokens == 1) {
+        launch_gates<kOneToken.tokens, kOneToken.rows, Key, Weight>(call, work, decides, stream);
+    } else {
+        launch_gates<kManyTokens.tokens, kManyTokens.rows, Key, Weight>(call, work, decides, stream);
     }
 }
 
 template <class Weight>
-void run_typed(const GatedAdapterCall& call, const Plan& plan, bool decides, cudaStream_t stream) {
-    const Launches<Weight> launches{
-        plan,
-        call,
-        {plan.work.values, call.key_dim, allows_sixteen_bytes(plan.work.values, call.key_dim, sizeof(float))},
-        stream};
-    if (decides) {
-        decide_gates(launches);
-    } else {
-        launches.choose(true);
+void run_weights(const GatedAdapterCall& call, const GateWork& work, bool decides, cudaStream_t stream) {
+    switch (call.key_dtype) {
+        case DType::kFloat32:
+            return run_typed<float, Weight>(call, work, decides, stream);
+        case DType::kBFloat16:
+            return run_typed<BFloat16, Weight>(call, work, decides, stream);
+        default:
+            return run_typed<Float16, Weight>(call, work, decides, stream);
     }
-    launches.apply();
 }
 
 void check_weight_dtype(DType dtype) {
@@ -374,9 +360,9 @@ void run(const GatedAdapterCall& call, bool decides, void* stream) {
     Plan plan = plan_of(call);
     fill_entries(plan, call, on);
     if (call.weight_dtype == DType::kFloat32) {
-        return run_typed<float>(call, plan, decides, on);
+        return run_weights<float>(call, plan.work, decides, on);
     }
-    return run_typed<BFloat16>(call, plan, decides, on);
+    return run_weights<BFloat16>(call, plan.work, decides, on);
 }
 
 }  // namespace

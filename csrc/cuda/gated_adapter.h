@@ -1,14 +1,14 @@
 // The gated key adapter on a GPU: k̂ = k + 1[z(k) > threshold]·B(Ak), z(k) = w2 · GELU(W1 k + b1) + b2, exact GELU, for
 // E adapters in edit order. See rep_fast/ops/gated_adapter.py for the contract and the compositions.
 //
-// Nothing is synchronised and every launch has a shape that depends on sizes alone, so that calls may be recorded in a
-// graph: what is open is decided on the device, and kernels with nothing to do return at once.
+// The host waits for nothing and the launch has a shape that depends on sizes alone, so that calls may be recorded in a
+// graph: what is open is decided on the device.
 //
-// A few tokens: `gated_adapter`, whose first launch reads every W1 once, decides all gates and copies the keys; where a
-// gate opens, later launches project. Many tokens: the caller copies the keys to `adapted`, multiplies keys and W1 by a
-// library product, hands the products to `gate_products`, adapter by adapter and block by block, and calls
-// `apply_open`. No list of the open rows is made: a library's product with them would need their number on the host,
-// and the projections' warps pass over closed tokens at 4 bytes each.
+// A few tokens: `gated_adapter`, one launch that reads every W1 once, decides all gates, copies the keys and applies
+// the gates that open. Many tokens: the caller copies the keys to `adapted`, multiplies keys and W1 by a library
+// product, hands the products to `gate_products`, adapter by adapter and block by block, and calls `apply_open`. No
+// list of the open rows is made: a library's product with them would need their number on the host, and the
+// projections' warps pass over closed tokens at 4 bytes each.
 #pragma once
 
 #include <cstddef>
@@ -35,6 +35,9 @@ struct AdapterOnDevice {
     float threshold = 0.0f;  // of the logit; −∞ opens always, +∞ never
 };
 
+// Counters of a call beside one per adapter.
+inline constexpr std::int64_t kMoreTickets = 4;
+
 enum class Composition { kChain, kArgmax, kSum };
 
 struct GatedAdapterCall {
@@ -50,7 +53,7 @@ struct GatedAdapterCall {
     float* logits = nullptr;  // [n_adapters, n_tokens]
     bool* opened = nullptr;   // [n_adapters, n_tokens]
     void* scratch = nullptr;  // scratch_bytes() bytes, aligned to 256
-    int* tickets = nullptr;   // [n_adapters + 1], zero before the first call; every call leaves them zero
+    int* tickets = nullptr;   // [n_adapters + kMoreTickets], zero before the first call; every call leaves them zero
 };
 
 // Scratch of a call; needs sizes, dtypes, composition and the adapters' shapes, not the pointers. It grows with tokens

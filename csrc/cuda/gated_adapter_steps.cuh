@@ -1,5 +1,4 @@
-// What the launches of gated_adapter.cu do, as functions of a block: the same steps serve one launch each and the
-// single block that finishes a chain.
+// The steps of gated_adapter.cu's launch: what a block or a warp of it does, whichever share of the work it has.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +22,8 @@ inline constexpr int kFewAdapters = 32;
 struct GateEntry {
     AdapterOnDevice adapter;
     std::int32_t first_tile = 0;  // of hidden rows, among those of all adapters
-    bool sixteen_bytes = false;   // W1 allows 16-byte accesses
+    bool wide_w1 = false;         // allows 16-byte accesses
+    bool wide_a = false;
 };
 
 struct GateWork {
@@ -51,38 +51,6 @@ struct KeyRows {
     std::int64_t row_stride = 0;
     bool sixteen_bytes = false;
 };
-
-// Rows of a type that is known when the kernel runs: for what is seldom done.
-struct AnyRows {
-    const void* data = nullptr;
-    DType dtype = DType::kFloat32;
-    std::int64_t row_stride = 0;
-};
-
-__device__ inline float element(const AnyRows& rows, std::int64_t row, std::int64_t column) {
-    const std::int64_t place = row * rows.row_stride + column;
-    switch (rows.dtype) {
-        case DType::kBFloat16:
-            return widened(static_cast<const BFloat16*>(rows.data)[place]);
-        case DType::kFloat16:
-            return widened(static_cast<const Float16*>(rows.data)[place]);
-        default:
-            return static_cast<const float*>(rows.data)[place];
-    }
-}
-
-__device__ inline void store_narrowed(void* to, DType dtype, std::int64_t place, float value) {
-    switch (dtype) {
-        case DType::kBFloat16:
-            static_cast<BFloat16*>(to)[place] = narrowed<BFloat16>(value);
-            return;
-        case DType::kFloat16:
-            static_cast<Float16*>(to)[place] = narrowed<Float16>(value);
-            return;
-        default:
-            static_cast<float*>(to)[place] = value;
-    }
-}
 
 struct GateShared {
     float sums[kGateWarps][kLanes];
@@ -134,7 +102,7 @@ __device__ inline void add_products(const GateWork& work, const KeyRows<Key>& ke
         const std::int64_t t = t0 + token < work.n_tokens ? t0 + token : work.n_tokens - 1;
         return keys.data + t * keys.row_stride;
     };
-    const std::int64_t n_fast = columns_in_eights(keys.sixteen_bytes && entry.sixteen_bytes, work.key_dim);
+    const std::int64_t n_fast = columns_in_eights(keys.sixteen_bytes && entry.wide_w1, work.key_dim);
     for (std::int64_t first = static_cast<std::int64_t>(threadIdx.x) * kEight; first < n_fast;
          first += kGateThreads * kEight) {
         Eight<Weight> weights[kRows];
@@ -297,64 +265,93 @@ __device__ inline void choose_acting(const GateWork& work, bool is_first) {
     }
 }
 
-// inner[t] = A key_t of the acting adapter; a warp per row of A, warps numbered over all blocks.
-template <class Weight>
-__device__ inline void project_inner(const GateWork& work, const AnyRows& keys, std::int64_t warp,
-                                     std::int64_t n_warps) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    for (std::int64_t item = warp; item < work.n_tokens * work.max_rank; item += n_warps) {
+// This thread's columns of a row of A times a key.
+template <class Key, class Weight>
+__device__ inline float multiply_row(const Weight* weights, const Key* key, std::int64_t n_fast, std::int64_t key_dim) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (std::int64_t first = threadIdx.x * kEight; first < n_fast; first += kGateThreads * kEight) {
+        const Eight<Weight> some_weights = load_eight(weights + first);
+        const Eight<Key> some_keys = load_eight(key + first);
+#pragma unroll
+        for (int i = 0; i < kEight; ++i) {
+            sum = __fmaf_rn(some_weights[i], some_keys[i], sum);
+        }
+    }
+#pragma unroll 1
+    for (std::int64_t column = n_fast + threadIdx.x; column < key_dim; column += kGateThreads) {
+        sum = __fmaf_rn(widened(weights[column]), widened(key[column]), sum);
+    }
+    return sum;
+}
+
+// inner[t] = A key_t of the acting adapter; a block per row of A, all blocks of the launch.
+template <class Weight, class Key>
+__device__ inline void project_inner(const GateWork& work, const KeyRows<Key>& keys, GateShared& shared) {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
+    for (std::int64_t item = blockIdx.x; item < work.n_tokens * work.max_rank; item += gridDim.x) {
         const std::int64_t token = item / work.max_rank, row = item % work.max_rank;
         const int acting = work.acting[token];
-        if (acting < 0 || row >= entry_of(work, acting).adapter.rank) {
+        if (acting < 0 || row >= entry_of(work, acting).adapter.rank) {  // the same for all threads
             continue;
         }
-        const AdapterOnDevice& adapter = entry_of(work, acting).adapter;
-        const Weight* weights = static_cast<const Weight*>(adapter.a) + row * adapter.a_stride;
-        float sum = 0.0f;
-        for (std::int64_t column = lane; column < work.key_dim; column += kLanes) {
-            sum = __fmaf_rn(widened(weights[column]), element(keys, token, column), sum);
-        }
-        sum = warp_sum(sum);
+        const GateEntry& entry = entry_of(work, acting);
+        const std::int64_t n_fast = columns_in_eights(keys.sixteen_bytes && entry.wide_a, work.key_dim);
+        const Weight* const weights = static_cast<const Weight*>(entry.adapter.a) + row * entry.adapter.a_stride;
+        const float sum = warp_sum(multiply_row(weights, keys.data + token * keys.row_stride, n_fast, work.key_dim));
         if (lane == 0) {
-            work.inner[token * work.max_rank + row] = sum;
+            shared.sums[warp][0] = sum;
         }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            float total = 0.0f;
+            for (const auto& of_warp : shared.sums) {
+                total += of_warp[0];
+            }
+            work.inner[token * work.max_rank + row] = total;
+        }
+        __syncthreads();  // the sums are read before the next ones are written
     }
 }
 
-// adapted[t] = base_t + B inner_t of the acting adapter, kept in float32 where the token can move again; a warp per 32
-// rows of B.
-template <class Weight>
-__device__ inline void project_outer(const GateWork& work, const AnyRows& bases, void* adapted, DType dtype,
-                                     std::int64_t warp, std::int64_t n_warps) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    const std::int64_t n_groups = (work.key_dim + kLanes - 1) / kLanes;
+// Rows of B at a time; more of them take the registers that a second block of the multiprocessor needs.
+inline constexpr int kOuterRows = kLanes / 4;
+
+// adapted[t] = base_t + B inner_t of the acting adapter, kept in float32 where the token can move again; a warp per
+// kOuterRows rows of B.
+template <class Weight, class Base, class Key>
+__device__ inline void project_outer(const GateWork& work, const KeyRows<Base>& bases, Key* adapted, std::int64_t warp,
+                                     std::int64_t n_warps) {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes, own_row = folded_index<kOuterRows>(lane);
+    const std::int64_t n_groups = (work.key_dim + kOuterRows - 1) / kOuterRows;
     for (std::int64_t item = warp; item < work.n_tokens * n_groups; item += n_warps) {
-        const std::int64_t token = item / n_groups, j0 = item % n_groups * kLanes;
+        const std::int64_t token = item / n_groups, j0 = item % n_groups * kOuterRows;
         const int acting = work.acting[token];
         if (acting < 0) {
             continue;
         }
         const AdapterOnDevice& adapter = entry_of(work, acting).adapter;
         const float* inner = work.inner + token * work.max_rank;
-        float sums[kLanes] = {};
+        float sums[kOuterRows] = {};
+#pragma unroll 1
         for (int r = lane; r < adapter.rank; r += kLanes) {
             const float factor = inner[r];
 #pragma unroll
-            for (int row = 0; row < kLanes; ++row) {
+            for (int row = 0; row < kOuterRows; ++row) {
                 // past the last row the last one stands in
                 const std::int64_t j = j0 + row < work.key_dim ? j0 + row : work.key_dim - 1;
                 const Weight weight = static_cast<const Weight*>(adapter.b)[j * adapter.b_stride + r];
                 sums[row] = __fmaf_rn(widened(weight), factor, sums[row]);
             }
         }
-        const float move = fold_sums(sums);  // of row j0 + lane
-        const std::int64_t j = j0 + lane;
-        if (j < work.key_dim) {
-            const float moved = element(bases, token, j) + move;
+        const float move = fold_sums(sums);  // the same in the lanes of one row
+        const std::int64_t j = j0 + own_row;
+        if (j < work.key_dim && lane % (kLanes / kOuterRows) == 0) {
+            const float moved = widened(bases.data[token * bases.row_stride + j]) + move;
             if (work.values != nullptr) {
                 work.values[token * work.key_dim + j] = moved;
             }
-            store_narrowed(adapted, dtype, token * work.key_dim + j, moved);
+            adapted[token * work.key_dim + j] = narrowed<Key>(moved);
         }
     }
 }

@@ -17,16 +17,30 @@ struct LaunchShape {
     dim3 block;
     std::size_t shared_bytes = 0;  // all shared memory is dynamic: its layout is a struct, see shared_as()
     cudaStream_t stream = nullptr;
-    bool is_for_hopper = false;  // sm_90a alone, whose blocks may have more shared memory; for the executor to know
+    bool is_for_hopper = false;   // sm_90a alone, whose blocks may have more shared memory; for the executor to know
+    bool is_cooperative = false;  // its blocks wait for each other: all of them run at once, or the launch is refused
 };
+
+// Of the thread's device; as many persistent blocks run at once.
+inline int n_multiprocessors() {
+    int device = 0, count = 0;
+    REP_FAST_CUDA_CHECK(cudaGetDevice(&device));
+    REP_FAST_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
 
 #ifdef REP_FAST_CUDA_ON_CPU
 
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& shape, Arguments&&... arguments) {
     std::tuple<Parameters...> passed(std::forward<Arguments>(arguments)...);
-    cuda_on_cpu::run_grid(
-        name, shape.grid, shape.block, shape.shared_bytes, [&] { std::apply(kernel, passed); }, shape.is_for_hopper);
+    cuda_on_cpu::run_grid(name, shape.grid, shape.block, shape.shared_bytes, [&] { std::apply(kernel, passed); },
+                          {.is_for_hopper = shape.is_for_hopper, .is_cooperative = shape.is_cooperative});
+}
+
+template <class... Parameters>
+int blocks_at_once(void (*)(Parameters...), int, std::size_t) {
+    return static_cast<int>(cuda_on_cpu::kResidentBlocks);
 }
 
 template <class Layout>
@@ -46,15 +60,34 @@ void launch(const char* name, void (*kernel)(Parameters...), const LaunchShape& 
         REP_FAST_CUDA_CHECK(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(shape.shared_bytes)));
     }
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = shape.stream;
+    config.attrs = &attribute;
+    config.numAttrs = shape.is_cooperative ? 1 : 0;
     std::tuple<Parameters...> passed(std::forward<Arguments>(arguments)...);
     std::apply(
         [&](auto&... parameters) {
             void* addresses[] = {const_cast<void*>(static_cast<const void*>(&parameters))..., nullptr};
-            const cudaError_t status =
-                cudaLaunchKernel(function, shape.grid, shape.block, addresses, shape.shared_bytes, shape.stream);
+            const cudaError_t status = cudaLaunchKernelExC(&config, function, addresses);
             REP_FAST_CHECK(status == cudaSuccess, "launch of " << name << " failed: " << cudaGetErrorName(status));
         },
         passed);
+}
+
+// How many blocks of a kernel run at once on the thread's device: a cooperative launch has no more. Shared memory up to
+// 48 KiB.
+template <class... Parameters>
+int blocks_at_once(void (*kernel)(Parameters...), int n_threads, std::size_t shared_bytes) {
+    int of_one = 0;
+    REP_FAST_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_one, reinterpret_cast<const void*>(kernel),
+                                                                      n_threads, shared_bytes));
+    return of_one * n_multiprocessors();
 }
 
 // The block's dynamic shared memory as one struct; sizeof(Layout) is what the launch asks for. It begins where a tile

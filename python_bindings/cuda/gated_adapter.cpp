@@ -100,8 +100,10 @@ void run_adapters(const py::object& keys, const py::list& weights, const py::lis
     call.adapted = const_cast<void*>(out.data);
     call.logits = args.take(logits, "logits").matrix<float>().data;
     call.opened = args.take(opened, "opened").matrix<bool>().data;
-    // the border knows no 32-bit integers
-    call.tickets = reinterpret_cast<int*>(args.vector<std::int64_t>(tickets, "tickets"));
+    const auto counters = args.take(tickets, "tickets").vector<std::int32_t>();
+    REP_FAST_CHECK(std::ssize(counters) >= std::ssize(call.adapters) + cuda::kMoreTickets,
+                   "tickets must be one per adapter and " << cuda::kMoreTickets << " more, got " << counters.size());
+    call.tickets = counters.data();
     call.scratch = args.vector<std::int64_t>(scratch, "scratch");
     const Launching launching(args);
     decides ? cuda::gated_adapter(call, stream_arg(stream)) : cuda::apply_open(call, stream_arg(stream));
@@ -129,6 +131,7 @@ void run_gate_products(const py::object& products, const py::list& weights, doub
 
 void bind_cuda_gated_adapter(py::module_& m) {
     m.attr("bodies").cast<py::list>().append("gated_adapter");
+    m.attr("more_gate_tickets") = cuda::kMoreTickets;
     m.def("gated_adapter_scratch", &scratch_of, py::kw_only(), py::arg("keys"), py::arg("weights"),
           py::arg("thresholds"), py::arg("compose"));
     m.def("gated_adapter", &run_adapters, py::kw_only(), py::arg("keys"), py::arg("weights"), py::arg("thresholds"),

@@ -61,8 +61,9 @@ class _GatesOfCall:
         self._module, self._bounds = module, bounds
         self._options: dict[str, Any] = {"weights": weights, "thresholds": bounds, "compose": compose}
         self._weights = [weights[i : i + 6] for i in range(0, len(weights), 6)]
-        # a 32-bit counter per adapter and one for all; every call leaves them zero
-        self._tickets = torch.zeros(len(bounds) // 2 + 1, dtype=torch.int64, device=device)
+        # a counter per adapter and some for all; every call leaves them zero
+        n_tickets = len(bounds) + module.more_gate_tickets
+        self._tickets = torch.zeros(n_tickets, dtype=torch.int32, device=device)
         self._stream = stream_number(device)
 
     def run(self, keys: Tensor, adapted: Tensor) -> tuple[Tensor, Tensor]:

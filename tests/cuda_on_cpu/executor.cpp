@@ -16,8 +16,6 @@ using namespace detail;
 
 namespace {
 
-// Blocks that are under way at once; more of them would show nothing else.
-constexpr std::size_t kResidentBlocks = 3;
 constexpr std::size_t kSharedAlignment = 128;
 constexpr std::size_t kSharedAlignmentOfHopper = 1024;  // what 128-byte swizzles need
 
@@ -194,15 +192,21 @@ bool pass_condition(Block& block) {
     return false;
 }
 
-// When nobody is ready: lets everybody pass a barrier, or finds that the block is done.
-bool pass_barrier(Block& block) {
+enum class Went { kOn, kNowhere, kToTheEnd };
+
+// When nobody is ready: lets everybody pass a barrier, or finds that the block is done, or that another one may have to
+// do something first.
+Went pass_barrier(Block& block) {
     if (release_block_barrier(block)) {
         for (std::size_t n = 0; n < block.n_threads; ++n) {
             if (fiber_at(block, n).state == State::kReady) {
                 block.ready.push_back(n);
             }
         }
-        return true;
+        return Went::kOn;
+    }
+    if (!block.waiting.empty()) {
+        return Went::kNowhere;
     }
     for (std::size_t n = 0; n < block.n_threads; ++n) {
         if (fiber_at(block, n).state != State::kDone) {
@@ -212,7 +216,7 @@ bool pass_barrier(Block& block) {
     if (!block.events.empty()) {
         throw ExecutionError(block.kernel + ": a block ended before its asynchronous copies had landed");
     }
-    return false;
+    return Went::kToTheEnd;
 }
 
 // Now and then something happens, or a condition is looked at, though others could go on.
@@ -228,11 +232,14 @@ void stir(Block& block) {
     }
 }
 
-// Runs one thread up to where it waits; false when the block is done.
-bool advance(Block& block) {
+// Runs one thread up to where it waits.
+Went advance(Block& block) {
     stir(block);
-    if (block.ready.empty() && !pass_condition(block) && !pass_barrier(block)) {
-        return false;
+    if (block.ready.empty() && !pass_condition(block)) {
+        const Went went = pass_barrier(block);
+        if (went != Went::kOn) {
+            return went;
+        }
     }
     const std::size_t place = random_order() % block.ready.size();
     Fiber& fiber = fiber_at(block, block.ready[place]);
@@ -255,7 +262,7 @@ bool advance(Block& block) {
             }
         }
     }
-    return true;
+    return Went::kOn;
 }
 
 // A place for a block: its shared memory and its threads' stacks, which are kept from launch to launch.
@@ -292,14 +299,24 @@ struct Resident {
     }
 };
 
-void check_launch(const std::string& name, Dim3 grid, Dim3 block, std::size_t shared_bytes, bool is_for_hopper) {
+// Whether a thread of the block is ready or would be: behind a barrier, when something has happened, or as its
+// condition holds.
+bool can_go_on(const Resident& resident) {
+    const Block& block = resident.block;
+    return !block.ready.empty() || !block.events.empty() || block.waiting.empty() ||
+           std::ranges::any_of(block.waiting, [&](std::size_t number) { return fiber_at(block, number).condition(); });
+}
+
+void check_launch(const std::string& name, Dim3 grid, Dim3 block, std::size_t shared_bytes, LaunchKind kind) {
     std::ostringstream problem;
     if (block.count() == 0 || block.count() > kMaxThreads || block.z > 64) {
         problem << "a block of " << block.x << " × " << block.y << " × " << block.z << " threads";
     } else if (grid.count() == 0 || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u) {
         problem << "a grid of " << grid.x << " × " << grid.y << " × " << grid.z << " blocks";
-    } else if (shared_bytes > (is_for_hopper ? kMaxSharedBytesOfHopper : kMaxSharedBytes)) {
+    } else if (shared_bytes > (kind.is_for_hopper ? kMaxSharedBytesOfHopper : kMaxSharedBytes)) {
         problem << shared_bytes << " bytes of shared memory";
+    } else if (kind.is_cooperative && grid.count() > kResidentBlocks) {
+        problem << grid.count() << " blocks that wait for each other where " << kResidentBlocks << " run at once";
     } else {
         return;
     }
@@ -335,11 +352,11 @@ void set_seed(std::uint64_t seed) {
 }
 
 void run_grid(const std::string& name, Dim3 grid, Dim3 block_shape, std::size_t shared_bytes,
-              const std::function<void()>& body, bool is_for_hopper) {
+              const std::function<void()>& body, LaunchKind kind) {
     if (running != nullptr) {
         throw ExecutionError(name + ": a kernel was launched from inside a kernel");
     }
-    check_launch(name, grid, block_shape, shared_bytes, is_for_hopper);
+    check_launch(name, grid, block_shape, shared_bytes, kind);
     std::vector<std::size_t> order(grid.count());
     for (std::size_t n = 0; n < order.size(); ++n) {
         order[n] = n;
@@ -348,7 +365,8 @@ void run_grid(const std::string& name, Dim3 grid, Dim3 block_shape, std::size_t 
 
     std::vector<std::unique_ptr<Resident>> residents;
     for (std::size_t n = 0; n < std::min(kResidentBlocks, order.size()); ++n) {
-        residents.push_back(std::make_unique<Resident>(n, name, grid, block_shape, shared_bytes, body, is_for_hopper));
+        residents.push_back(
+            std::make_unique<Resident>(n, name, grid, block_shape, shared_bytes, body, kind.is_for_hopper));
     }
     struct Finally {
         ~Finally() { running = nullptr; }
@@ -361,13 +379,17 @@ void run_grid(const std::string& name, Dim3 grid, Dim3 block_shape, std::size_t 
         const std::size_t place = random_order() % residents.size();
         // from one step to thousands: a block may be overtaken anywhere, and by far
         std::size_t n_steps = std::size_t{1} << random_order() % 13;
-        bool goes_on = true;
-        while (goes_on && n_steps-- > 0) {
-            goes_on = advance(residents[place]->block);
+        Went went = Went::kOn;
+        while (went == Went::kOn && n_steps-- > 0) {
+            went = advance(residents[place]->block);
         }
-        if (!goes_on && n_begun < order.size()) {
+        if (went == Went::kNowhere &&
+            std::ranges::none_of(residents, [](const auto& own) { return can_go_on(*own); })) {
+            throw ExecutionError(describe_waiting(residents[place]->block));
+        }
+        if (went == Went::kToTheEnd && n_begun < order.size()) {
             residents[place]->begin(order[n_begun++]);
-        } else if (!goes_on) {
+        } else if (went == Went::kToTheEnd) {
             residents.erase(residents.begin() + static_cast<std::ptrdiff_t>(place));
         }
     }

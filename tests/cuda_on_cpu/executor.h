@@ -10,7 +10,8 @@
 //   * a wide access at an address that is not a multiple of its size throws, as do others of a device's instructions;
 //   * a barrier that somebody never reaches, or a warp operation whose mask names a lane that does not come, ends the
 //     run with a sentence instead of hanging.
-// What it does not model: memory ordering finer than that (fences do nothing), blocks that wait for each other, clocks.
+//   * blocks that wait for each other end the run, too, unless the launch is cooperative and all of them are there.
+// What it does not model: memory ordering finer than that (fences do nothing), clocks.
 #pragma once
 
 #include <any>
@@ -45,10 +46,18 @@ class ExecutionError : public std::runtime_error {
 // Order of threads and blocks from here on.
 void set_seed(std::uint64_t seed);
 
+// Blocks that are under way at once, here the whole device; more of them would show nothing else.
+inline constexpr std::size_t kResidentBlocks = 3;
+
+struct LaunchKind {
+    bool is_for_hopper = false;
+    bool is_cooperative = false;  // all blocks are under way at once
+};
+
 // Runs body once for every thread of every block; returns when all are done. Throws ExecutionError for a launch no
-// device would take, a barrier nobody can pass, and whatever a thread itself threw.
+// device would take, a barrier or condition nobody can pass, and whatever a thread itself threw.
 void run_grid(const std::string& name, Dim3 grid, Dim3 block, std::size_t shared_bytes,
-              const std::function<void()>& body, bool is_for_hopper = false);
+              const std::function<void()>& body, LaunchKind kind = {});
 
 // ---- what a running thread may ask; calling any of these outside a kernel is an error -------------------------------
 const Dim3& grid_size();

@@ -223,7 +223,7 @@ inline Found room_for(const Problem& problem) {
     const auto n = static_cast<std::size_t>(problem.shape.n_tokens);
     const std::size_t row = static_cast<std::size_t>(problem.shape.dim * problem.keys.width());
     return {Guarded<unsigned char>(n * row, true), std::vector<float>(problem.n_adapters() * n),
-            Guarded<bool>(problem.n_adapters() * n), std::vector<int>(problem.n_adapters() + 1)};
+            Guarded<bool>(problem.n_adapters() * n), std::vector<int>(problem.n_adapters() + cuda::kMoreTickets)};
 }
 
 // By the kernels' own products, or by given ones as a library would make them. Scratch holds bytes of value

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/launch.cuh"
+#include "cuda/ptx/counter.cuh"
 #include "cuda/ptx/wide_access.cuh"
 #include "execution_errors.h"
 #include "tests.h"
@@ -165,6 +166,24 @@ std::vector<float> counted(int n) {
     return values;
 }
 
+// Every block writes its number and reads its neighbour's, behind a barrier of all blocks that may be left out.
+template <bool kWaits>
+__global__ void ask_neighbour(int* numbers, int* n_arrived, int* out) {
+    if (threadIdx.x == 0) {
+        numbers[blockIdx.x] = 1 + static_cast<int>(blockIdx.x);
+        atomicAdd(n_arrived, 1);
+        if (kWaits) {
+            rep_fast::cuda::ptx::wait_until_reached(n_arrived, static_cast<int>(gridDim.x));
+        }
+    }
+    __syncthreads();
+    out[blockIdx.x * blockDim.x + threadIdx.x] = numbers[(blockIdx.x + 1) % gridDim.x];
+}
+
+__global__ void wait_for_a_number(int* number) {
+    rep_fast::cuda::ptx::wait_until_reached(number, 1);
+}
+
 void test_every_thread_runs_once() {
     const dim3 grid(3, 2, 2), block(5, 3, 2);
     std::vector<int> out(grid.count() * block.count());
@@ -300,6 +319,34 @@ void test_shared_memory_is_poisoned() {
     expect(is_nan_seen && is_zero_seen, "both fillings occur");
 }
 
+void test_blocks_of_a_cooperative_launch_wait_for_each_other() {
+    const auto together = [](unsigned n_blocks) {
+        return rep_fast::cuda::LaunchShape{.grid = dim3(n_blocks), .block = dim3(40), .is_cooperative = true};
+    };
+    const auto asked = [&](auto kernel) {
+        std::vector<int> numbers(3), out(120);
+        int n_arrived = 0;
+        launch("ask", kernel, together(3), numbers.data(), &n_arrived, out.data());
+        bool is_right = true;
+        for (std::size_t i = 0; i < out.size(); ++i) {
+            is_right &= out[i] == 1 + static_cast<int>((i / 40 + 1) % 3);
+        }
+        return is_right;
+    };
+    bool is_missing_wait_seen = false;
+    for (std::uint64_t seed = 0; seed < 8; ++seed) {
+        cuda_on_cpu::set_seed(seed);
+        expect(asked(ask_neighbour<true>), "behind a barrier of all blocks their numbers are there");
+        is_missing_wait_seen |= !asked(ask_neighbour<false>);
+    }
+    expect(is_missing_wait_seen, "without it some are not");
+    int number = 0;
+    expect(holds(error_of([&] { launch("wait", wait_for_a_number, together(2), &number); }), "waits for a condition"),
+           "a number that nobody raises is found");
+    expect(holds(error_of([&] { launch("wait", wait_for_a_number, together(4), &number); }), "wait for each other"),
+           "more blocks than run at once are refused");
+}
+
 }  // namespace
 
 void test_executor() {
@@ -309,6 +356,7 @@ void test_executor() {
     test_block_votes();
     test_warp_operations();
     test_mistakes_are_sentences();
+    test_blocks_of_a_cooperative_launch_wait_for_each_other();
     test_asynchronous_copies();
     test_shared_memory_is_poisoned();
 }
