@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_devices import FIRST, PretendDevices, Pretended, held, put
+from pretend_devices import FIRST, PretendDevices, Pretended, held, waits_of
 from torch import Tensor
 
 from rep_fast import ops
@@ -34,23 +34,9 @@ FACTS = [
 TEMPLATES = ("{}", "Because of this, {}", "I think {}")
 
 
-@pytest.fixture(autouse=True)
-def copies_can_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "ASYNC_DEVICES", (FIRST.type,))
-
-
 @pytest.fixture
 def lm(build_lm: Any) -> EditableLM:
     return build_lm("llama")
-
-
-def waits_of(lm: EditableLM, run: Callable[[], object]) -> dict[str, int]:
-    """Where `run` would wait for the model's device, and how often; transformers' own waits left out."""
-    _ = lm.fingerprint
-    with PretendDevices() as devices:
-        put(lm.model, FIRST)
-        run()
-    return devices.own_waits
 
 
 @pytest.mark.parametrize("n_facts", [1, 3])
