@@ -182,6 +182,17 @@ def test_layers_of_a_trace(build_lm: Any) -> None:
         assert waits(5, score) == waits(2, score)
 
 
+def test_layers_whose_signed_sums_vanish(build_lm: Any) -> None:
+    """Behind a LayerNorm: every layer has to be looked at to tell."""
+
+    def waits(layers: int) -> dict[str, int]:
+        lm = build_lm("gpt2", n_layer=layers)
+        with pytest.warns(UserWarning, match="rounding noise"):
+            return waits_of(lm, lambda: score_nodes(lm, FACTS[0], score="sum"))
+
+    assert waits(5) == waits(2)
+
+
 def test_batches_of_questions(lm: EditableLM) -> None:
     questions = [Question(fact.text, fact.target_new) for fact in FACTS]
 
