@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from rep_fast.models import EditableLM
+from rep_fast.ops import arriving
 
 # a device type torch has a name for and no kernels; its backward passes run in the calling thread
 FIRST, SECOND = torch.device("lazy:0"), torch.device("lazy:1")
@@ -61,14 +65,17 @@ class PretendDevices(TorchDispatchMode):
         super().__init__()
         self.waits: Counter[str] = Counter()
         self._lists = _Lists()
+        self._copies = mock.patch.object(arriving, "ASYNC_DEVICES", (FIRST.type,))  # can be waited for one by one
 
     def __enter__(self) -> PretendDevices:
+        self._copies.start()
         self._lists.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._lists.__exit__(*error)
+        self._copies.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {}, self.waits)
@@ -109,6 +116,15 @@ def put(module: nn.Module, device: torch.device) -> None:
         for name, buffer in part._buffers.items():
             if buffer is not None and not isinstance(buffer, Pretended):
                 part._buffers[name] = Pretended(buffer, device)
+
+
+def waits_of(lm: EditableLM, run: Callable[[], object]) -> dict[str, int]:
+    """Where `run` would wait for the model's device, and how often; transformers' own waits left out."""
+    _ = lm.fingerprint
+    with PretendDevices() as devices:
+        put(lm.model, FIRST)
+        run()
+    return devices.own_waits
 
 
 def held(tensor: Tensor) -> Tensor:

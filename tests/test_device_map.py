@@ -69,10 +69,16 @@ def logits_with(lm: EditableLM, edit: Edit, *modes: str) -> list[torch.Tensor]:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "rome": {"layer": 1, "v_steps": 3},
+    "r-rome": {"layer": 1, "v_steps": 3},
     "memit": {"layers": [0, 1], "v_steps": 3},
+    "memit-cache": {"layers": [0, 1], "v_steps": 3, "passes": 2},
+    "emmet": {"layers": [0, 1], "v_steps": 3},
     "pmet": {"layers": [0, 1], "v_steps": 3},
     "alphaedit": {"layers": [0, 1], "v_steps": 3, "nullspace_threshold": 1.0},
+    "ft": {"layers": [0, 1], "ft_steps": 2},
     "ft-l": {"layers": [0, 1], "ft_steps": 2},
+    "ft-c": {"layers": [0, 1], "ft_steps": 2},
+    "ft-m": {"layers": [0, 1], "ft_steps": 2, "ft_batch": 2},
     "pac": {"layers": [0, 1], "top": 3, "bottom": 3, "pac_epochs": 1},
     "kn": {"kn_steps": 2, "kn_prompts": 1},
     "lora": {"layers": [0, 1], "lora_steps": 2},
@@ -81,7 +87,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", list(SETTINGS))
+@pytest.mark.parametrize("method", editors.names())
 def test_an_editor(build_lm: Any, tmp_path: Path, method: str) -> None:
     editor = editors.get(method)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_devices import FIRST, PretendDevices, Pretended, held, put
+from pretend_devices import FIRST, PretendDevices, Pretended, held, waits_of
 from torch import Tensor
 
 from rep_fast import ops
@@ -34,23 +34,9 @@ FACTS = [
 TEMPLATES = ("{}", "Because of this, {}", "I think {}")
 
 
-@pytest.fixture(autouse=True)
-def copies_can_be_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "ASYNC_DEVICES", (FIRST.type,))
-
-
 @pytest.fixture
 def lm(build_lm: Any) -> EditableLM:
     return build_lm("llama")
-
-
-def waits_of(lm: EditableLM, run: Callable[[], object]) -> dict[str, int]:
-    """Where `run` would wait for the model's device, and how often; transformers' own waits left out."""
-    _ = lm.fingerprint
-    with PretendDevices() as devices:
-        put(lm.model, FIRST)
-        run()
-    return devices.own_waits
 
 
 @pytest.mark.parametrize("n_facts", [1, 3])
@@ -194,6 +180,17 @@ def test_layers_of_a_trace(build_lm: Any) -> None:
 
     for score in ("zabs", "l2", "gxw"):
         assert waits(5, score) == waits(2, score)
+
+
+def test_layers_whose_signed_sums_vanish(build_lm: Any) -> None:
+    """Behind a LayerNorm: every layer has to be looked at to tell."""
+
+    def waits(layers: int) -> dict[str, int]:
+        lm = build_lm("gpt2", n_layer=layers)
+        with pytest.warns(UserWarning, match="rounding noise"):
+            return waits_of(lm, lambda: score_nodes(lm, FACTS[0], score="sum"))
+
+    assert waits(5) == waits(2)
 
 
 def test_batches_of_questions(lm: EditableLM) -> None:

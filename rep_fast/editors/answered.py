@@ -11,8 +11,10 @@ it refuses where every loss is below its floor (methods §5.8).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
 
 import torch
+from torch import Tensor
 
 from rep_fast.errors import NothingToEditError
 from rep_fast.facts import Fact
@@ -25,16 +27,16 @@ ANSWERS_PER_PASS = 64
 @torch.no_grad()
 def said_instead(lm: EditableLM, answers: Sequence[Answer]) -> list[tuple[int, ...]]:
     """Per answer the model's most likely token at each of its positions, the tokens before it being fed."""
-    said: list[tuple[int, ...]] = []
+    best: list[Tensor] = []
     for begin in range(0, len(answers), ANSWERS_PER_PASS):
         some = answers[begin : begin + ANSWERS_PER_PASS]
         # where the prompts end is told too: an active codebook or side memory decides by it
         batch = lm.encode(
             [answer.input_ids for answer in some], prompt_lengths=[answer.prompt_length for answer in some]
         )
-        best = lm.logits(batch, at=[answer.positions for answer in some]).argmax(dim=-1)
-        said += [tuple(own.tolist()) for own in best.split([answer.n_targets for answer in some])]
-    return said
+        best.append(lm.logits(batch, at=[answer.positions for answer in some]).argmax(dim=-1))
+    said = iter(torch.cat(best).tolist() if best else [])
+    return [tuple(islice(said, answer.n_targets)) for answer in answers]
 
 
 def are_answered(lm: EditableLM, facts: Sequence[Fact], *, target_tok: str) -> list[bool]:

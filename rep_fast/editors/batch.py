@@ -78,13 +78,13 @@ class Rule:
 @dataclass(frozen=True)
 class LayerWrite:
     """What was written at one layer: keys [M, n] float64, the update, ΔW as applied, and the norm of what was missing
-    there, mean over keys."""
+    there, mean over keys, []."""
 
     layer: int
     keys: Tensor
     update: BatchUpdate
     delta: LowRank
-    missing: float
+    missing: Tensor
 
 
 def edit_batch(
@@ -213,8 +213,8 @@ def write_layers(
                 metric=partial(_metric_at, rule, layer),
                 ridge=rule.ridge(layer, n_keys), past=state.columns(layer, like=columns),
             )  # fmt: skip
-            delta = update.delta().to(dtype=targets.dtype)
-            written.append(LayerWrite(layer, columns, update, delta, float(missing.norm(dim=1).mean())))
+            delta = update.delta(targets.dtype)
+            written.append(LayerWrite(layer, columns, update, delta, missing.norm(dim=1).mean()))
             step_edit = Edit((), "", {}, lm.fingerprint, (ModuleEdit(layer, delta),), model_name=lm.name)
             active.enter_context(step_edit.applied(lm))
     return written
@@ -237,7 +237,7 @@ def _as_edit(
         "loss_first": [value.losses[0] for value in found],
         "loss_last": [value.losses[-1] for value in found],
         "v_forwards": [len(value.losses) for value in found],
-        "missing": [write.missing for write in written],
+        "missing": torch.stack([write.missing.to(written[-1].missing.device) for write in written]).tolist(),
         "shared_keys": [list(group) for group in groups if len(group) > 1],
         "answered_before": answered,
     }

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rep_fast.editors.adam import Adam, Step
 from rep_fast.editors.answered import are_answered, nothing_to_edit
+from rep_fast.editors.course import Course
 from rep_fast.editors.target_loss import Objective, TargetLoss
 from rep_fast.edits import Dense, Edit, ModuleEdit
 from rep_fast.errors import HparamError
@@ -130,27 +132,32 @@ def _train(
     lm: EditableLM, chunks: Sequence[_Chunk], changes: dict[int, Tensor], hparams: FineTuningHparams
 ) -> tuple[list[float], int]:
     """Mean loss of each pass, and the number of updates."""
-    leaves = list(changes.values())
-    optimiser = torch.optim.Adam(leaves, lr=hparams.ft_lr)
-    losses: list[float] = []
-    updates = 0
-    for _ in range(hparams.ft_steps):
-        total = 0.0
-        for chunk in chunks:
-            loss = _loss(lm, chunk, changes[min(changes)])
-            value = float(loss.detach())
-            total += value * chunk.target.n_facts
-            if value < LOSS_FLOOR:
-                continue
-            for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-                leaf.grad = gradient
-            optimiser.step()
-            updates += 1
-            if hparams.norm_constraint is not None:
-                with torch.no_grad():
-                    for leaf in leaves:
-                        leaf.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
-        losses.append(total / sum(chunk.target.n_facts for chunk in chunks))
-        if losses[-1] < LOSS_FLOOR:
+    adam: Adam[int] = Adam()
+    course, n_facts = Course(lm.device), sum(chunk.target.n_facts for chunk in chunks)
+    means: list[Tensor] = []
+    total = torch.zeros((), dtype=torch.float64, device=lm.device)
+    for number, chunk in enumerate((chunk for _ in range(hparams.ft_steps) for chunk in chunks), 1):
+        loss = _loss(lm, chunk, changes[min(changes)])
+        wide = loss.detach().double()  # float32 has no such number as the floor
+        skip = course.enter(wide < LOSS_FLOOR)
+        if skip is not True:
+            gradients = torch.autograd.grad(loss, list(changes.values()))
+            _update(changes, adam.step(dict(zip(changes, gradients, strict=True)), skip=skip), hparams)
+        total = total + wide * chunk.target.n_facts
+        if number % len(chunks) == 0:
+            means.append(total / n_facts)
+            course.end_pass(means[-1] < LOSS_FLOOR)
+            total = torch.zeros_like(total)
+        if course.has_ended():
             break
-    return losses, updates
+    n_passes, updates = course.told()
+    return torch.stack(means[:n_passes]).tolist(), updates
+
+
+@torch.no_grad()
+def _update(changes: dict[int, Tensor], steps: dict[int, Step], hparams: FineTuningHparams) -> None:
+    for layer, step in steps.items():
+        change = changes[layer]
+        change.add_(step.made((step.mean * (-hparams.ft_lr / step.correction)).div_(step.root)))
+        if hparams.norm_constraint is not None:
+            change.clamp_(-hparams.norm_constraint, hparams.norm_constraint)

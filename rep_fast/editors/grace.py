@@ -10,8 +10,9 @@ what their entries, in the order of the edits, make of each other (`Codebook.rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -23,6 +24,8 @@ from rep_fast.edits.codebook import EXTENTS, Acting, Extent, extent_positions, k
 from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
 from rep_fast.models import Answer, Batch, EditableLM, ForwardPass, Site
+from rep_fast.models.transfer import sent
+from rep_fast.ops.arriving import read_late
 from rep_fast.presets import flat_mapping
 
 # linear module → sites of its input and its output
@@ -78,26 +81,63 @@ class TrainedValue:
     is_absorbed: bool
 
 
+@dataclass(frozen=True)
+class Question:
+    """The edited prompt of one fact, and what enters and leaves the unedited module at its last token.
+
+    key: [inputs] float32 or wider. output: [outputs] in the model's dtype.
+    """
+
+    fact: Fact
+    answer: Answer
+    batch: Batch
+    key: Tensor
+    output: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lm: EditableLM, fact: Fact, hparams: GraceHparams) -> Question:
+        """The question of one fact."""
+        answer = lm.answer(fact.text, fact.target_new, mode=hparams.target_tok)
+        batch = lm.encode([answer.input_ids], prompt_lengths=[answer.prompt_length])
+        before, after = (Site(kind, hparams.layer) for kind in LINEAR_SITES[hparams.linear])
+        seen = lm.read(batch, [before, after])
+        last = answer.prompt_length - 1
+        key, output = seen[before][0, last].clone(), seen[after][0, last].clone()
+        return cls(fact, answer, batch, key.to(torch.promote_types(key.dtype, torch.float32)), output)
+
+    @property
+    def label(self) -> str:
+        """What its entry makes the model say."""
+        return self.fact.target_new.strip()
+
+
 class WrittenEntries:
-    """The active entries at a module and, one after another, those that are added to them."""
+    """The active entries at a module and, one after another, those of the questions that are added to them.
 
-    def __init__(self, standing: Sequence[Codebook]) -> None:
+    Which entry absorbs which follows from keys, labels and radii alone: it is known before any value is trained.
+    """
+
+    def __init__(self, standing: Sequence[Codebook], questions: Sequence[Question], radius: float) -> None:
         book = Codebook.stacked(standing) if standing else None
-        self._acting = Acting() if book is None else Acting.of(book)
-        self._keys = [] if book is None else list(book.keys.double())
+        acting = Acting() if book is None else Acting.of(book)
         self._values = [] if book is None else list(book.values)
+        added = torch.stack([question.key.double() for question in questions])
+        keys = added if book is None else torch.cat([book.keys.double().to(added.device), added])
+        distances = key_distances(added, keys).cpu()
+        self._absorbers: list[int | None] = []  # of each question: whose value stands where it is absorbed
+        for new, question in enumerate(questions, len(self._values)):
+            spoken_by = list(acting.spoken_by)
+            near = acting.write(distances[len(self._absorbers), :new], question.label, radius)
+            self._absorbers.append(None if near is None else spoken_by[near])
 
-    def absorbing_value(self, key: Tensor, label: str, radius: float) -> Tensor | None:
-        """Enter a key; the value that stands at the entry which absorbs it, None if it has a place of its own."""
-        key = key.double()
-        earlier = torch.stack(self._keys).to(key.device) if self._keys else key.new_zeros(0, len(key))
-        spoken_by = list(self._acting.spoken_by)
-        near = self._acting.write(key_distances(key[None], earlier)[0].cpu(), label, radius)
-        self._keys.append(key)
-        return None if near is None else self._values[spoken_by[near]]
+    def absorbing_value(self, number: int) -> Tensor | None:
+        """The value at the entry that absorbs question `number`, None if it has a place of its own."""
+        absorber = self._absorbers[number]
+        return None if absorber is None else self._values[absorber]
 
     def finish(self, value: Tensor) -> None:
-        """The value of the key that was entered last."""
+        """The value of the next question."""
         self._values.append(value)
 
 
@@ -120,20 +160,23 @@ def grace(
     """
     place = (lm.check_layer(hparams.layer), hparams.linear)
     before = left_out(facts, answered_before(lm, facts, target_tok=hparams.target_tok))
-    written = WrittenEntries([made for made in replacements_at(lm, place) if isinstance(made, Codebook)])
+    standing = [made for made in replacements_at(lm, place) if isinstance(made, Codebook)]
     with without_replacements(lm, place):
-        trained = {
-            number: train_value(
-                lm, fact, hparams=hparams, generator=torch.Generator().manual_seed(seed + number), written=written
-            )
-            for number, fact in enumerate(facts)
-            if number not in before
+        questions = {
+            number: Question.of(lm, fact, hparams) for number, fact in enumerate(facts) if number not in before
         }
+        written = WrittenEntries(standing, list(questions.values()), hparams.eps)
+        trained = {}
+        for turn, (number, question) in enumerate(questions.items()):
+            start = written.absorbing_value(turn)
+            generator = torch.Generator().manual_seed(seed + number)
+            trained[number] = train_value(lm, question, start, hparams=hparams, generator=generator)
+            written.finish(trained[number].value)
     entries = list(trained.values())
     codebook = Codebook(
         torch.stack([entry.key for entry in entries]),
         torch.stack([entry.value for entry in entries]),
-        tuple(_label(facts[number]) for number in trained),
+        tuple(question.label for question in questions.values()),
         (hparams.eps,) * len(entries),
         hparams.replacement,
     )
@@ -156,47 +199,42 @@ def grace(
 
 
 def train_value(
-    lm: EditableLM, fact: Fact, *, hparams: GraceHparams, generator: torch.Generator, written: WrittenEntries
+    lm: EditableLM, question: Question, start: Tensor | None, *, hparams: GraceHparams, generator: torch.Generator
 ) -> TrainedValue:
     """The value that, in place of the module's output, makes the model answer the bare prompt with the new target.
 
-    It is added to the written entries, and goes on from the value of the one that absorbs it.
+    start: of the entry that absorbs it, None where it has a place of its own.
     """
-    answer = lm.answer(fact.text, fact.target_new, mode=hparams.target_tok)
-    batch = lm.encode([answer.input_ids], prompt_lengths=[answer.prompt_length])
-    targets = torch.tensor(answer.target_ids, device=lm.device)
-    key, output = _unedited(lm, answer, batch, hparams)
-    dtype = torch.promote_types(output.dtype, torch.float32)
-    start = written.absorbing_value(key.to(dtype), _label(fact), hparams.eps)
+    device, dtype = question.output.device, torch.promote_types(question.output.dtype, torch.float32)
     is_absorbed = start is not None
-    if start is None:
-        start = output if hparams.val_init == "warm" else torch.rand(output.shape, generator=generator)
-    value = start.detach().to(output.device, dtype, copy=True).requires_grad_()
+    if start is None and hparams.val_init == "warm":
+        start = question.output
+    elif start is None:
+        start = sent(torch.rand(question.output.shape, generator=generator), device)
+    value = start.detach().to(device, dtype, copy=True)
+    losses: list[float] = []
+    steps = islice(_descent(lm, question, value, hparams), hparams.n_iter + 1)
+    for value, loss in read_late(steps):  # noqa: B007 - the last is the result
+        losses.append(loss)
+        if hparams.early_stop is not None and loss < hparams.early_stop:
+            break
+    return TrainedValue(question.key, value, tuple(losses), is_absorbed)
+
+
+def _descent(
+    lm: EditableLM, question: Question, value: Tensor, hparams: GraceHparams
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values one Adam step after another, from `value`, each with its loss."""
+    answer, batch = question.answer, question.batch
     site = Site(LINEAR_SITES[hparams.linear][1], hparams.layer)
     where = extent_positions(hparams.replacement, ForwardPass.of(batch), batch.input_ids.shape[1])[..., None]
+    targets = sent(torch.tensor(answer.target_ids), lm.device)
+    value = value.requires_grad_()
     optimiser = torch.optim.Adam([value], lr=hparams.edit_lr)
-    losses: list[float] = []
-    with lm.patch(site, lambda tensor: torch.where(where.to(tensor.device), value.to(tensor), tensor)):
-        while True:
-            logits = lm.logits(batch, at=[answer.positions]).to(dtype)
-            loss = torch.nn.functional.cross_entropy(logits, targets.to(logits.device))
-            losses.append(float(loss.detach()))
-            if len(losses) > hparams.n_iter or (hparams.early_stop is not None and losses[-1] < hparams.early_stop):
-                break
-            (value.grad,) = torch.autograd.grad(loss, [value])  # weights get no gradient, nothing accumulates
-            optimiser.step()
-    written.finish(value.detach())
-    return TrainedValue(key.to(dtype), value.detach(), tuple(losses), is_absorbed)
-
-
-def _label(fact: Fact) -> str:
-    return fact.target_new.strip()
-
-
-@torch.no_grad()
-def _unedited(lm: EditableLM, answer: Answer, batch: Batch, hparams: GraceHparams) -> tuple[Tensor, Tensor]:
-    """What enters and leaves the module at the prompt's last token."""
-    before, after = (Site(kind, hparams.layer) for kind in LINEAR_SITES[hparams.linear])
-    seen = lm.read(batch, [before, after])
-    last = answer.prompt_length - 1
-    return seen[before][0, last], seen[after][0, last]
+    while True:
+        with lm.patch(site, lambda tensor: torch.where(where.to(tensor.device), value.to(tensor), tensor)):
+            logits = lm.logits(batch, at=[answer.positions]).to(value.dtype)
+        loss = torch.nn.functional.cross_entropy(logits, targets.to(logits.device))
+        yield value.detach().clone(), loss.detach()
+        (value.grad,) = torch.autograd.grad(loss, [value])  # weights get no gradient, nothing accumulates
+        optimiser.step()

@@ -90,6 +90,7 @@ def knowledge_neurons(
         ]
     )  # [prompts, layers, M]
     chosen = choose_neurons(scores, threshold=hparams.kn_threshold, share=hparams.kn_share)
+    chosen = chosen.cpu()
     if not bool(chosen.any()):
         raise NothingToEditError(
             f"no neuron of layers {list(layers)} supports the answer to {fact.text!r} in enough prompts; search other "
@@ -100,8 +101,9 @@ def knowledge_neurons(
         index = chosen[number].nonzero()[:, 0]
         if len(index):
             columns = shift[:, None].expand(-1, len(index)).clone().to(lm.layer_device(layer))
-            delta = Slices(index.to(columns.device), columns, "inputs", lm.key_width(layer))
-            modules.append(ModuleEdit(layer, delta, vectors={"scores": scores[:, number, index].mean(dim=0)}))
+            delta = Slices(sent(index, columns.device), columns, "inputs", lm.key_width(layer))
+            own = scores[:, number, sent(index, scores.device)]
+            modules.append(ModuleEdit(layer, delta, vectors={"scores": own.mean(dim=0)}))
     return Edit(
         facts=(fact,),
         method=method,
@@ -132,15 +134,16 @@ def neuron_scores(
 
     For the second and later tokens of the answer the prompt is extended by the model's own greedy tokens.
     """
-    ids = list(prompt_ids)
+    batch = lm.encode([prompt_ids])
     total: Tensor | None = None
     for token in answer_ids:
+        last = batch.row_lengths[0] - 1
         # all layers start from one forward of the prompt: before its last token nothing changes
-        state = lm.suffix_state(lm.encode([ids]), EMBEDDINGS, [len(ids) - 1])
+        state = lm.suffix_state(batch, EMBEDDINGS, [last])
         found = torch.stack([_layer_scores(lm, state, layer, token, site=site, steps=steps) for layer in layers])
         total = found if total is None else total + found
         with torch.no_grad():
-            ids.append(int(lm.resume(state, state.hidden, at=[[len(ids) - 1]]).argmax()))
+            batch = batch.followed_by(lm.resume(state, state.hidden, at=[[last]]).argmax(dim=-1))
     if total is None:
         raise NothingToEditError("an answer without tokens has no neurons; give one")
     return total / len(answer_ids)

@@ -34,9 +34,9 @@ class BatchUpdate:
     rows: Tensor
     images: Tensor
 
-    def delta(self) -> LowRank:
+    def delta(self, dtype: torch.dtype = torch.float64) -> LowRank:
         """ΔW, of rank n."""
-        return LowRank(self.residuals, self.rows)
+        return LowRank(self.residuals.to(dtype).contiguous(), self.rows.to(dtype).contiguous())
 
 
 def solve_batch(
@@ -67,7 +67,8 @@ def solve_batch(
     factor, failed = torch.linalg.cholesky_ex(gram)
     pivots = factor.diagonal().square()
     # a pivot of rounding size means dependence that rounding happened to lift above zero
-    if int(failed) or bool(pivots.min() <= len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().max()):
+    rounding = len(gram) * torch.finfo(gram.dtype).eps * gram.diagonal().max()
+    if bool((failed != 0) | (pivots.min() <= rounding)):
         raise SolverError(
             f"{n} keys to write and {len(gram) - n} past ones depend linearly on each other, so that no update serves "
             f"all of them with a ridge of {ridge:g}; give the method a larger one"

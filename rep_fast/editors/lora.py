@@ -158,19 +158,28 @@ def _train(lm: EditableLM, targets: Sequence[TargetLoss], wrappers: Sequence[Any
     factors = _factors(wrappers)
     optimiser = torch.optim.Adam(factors, lr=hparams.lora_lr)
     batches = [target.batch(lm) for target in targets]
-    losses: list[float] = []
+    losses: list[Tensor] = []
     for _ in range(hparams.lora_steps):
-        total = 0.0
         for target, batch in zip(targets, batches, strict=True):
             loss = target(lm.logits(batch, at=target.at))
-            total += float(loss.detach()) * target.n_facts
+            losses.append(loss.detach())
             if hparams.lora_kind == "adalora":
                 loss = loss + _ORTHOGONALITY * _orthogonality(wrappers).to(loss.device)
             for factor, gradient in zip(factors, torch.autograd.grad(loss, factors), strict=True):
                 factor.grad = gradient
             optimiser.step()
-        losses.append(total / sum(target.n_facts for target in targets))
-    return losses
+    return _pass_means(torch.stack(losses).tolist(), [target.n_facts for target in targets])
+
+
+def _pass_means(losses: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """Mean over facts of each pass, from the losses of its batches one after another."""
+    means = []
+    for begin in range(0, len(losses), len(counts)):
+        total = 0.0
+        for loss, count in zip(losses[begin : begin + len(counts)], counts, strict=True):
+            total += loss * count
+        means.append(total / sum(counts))
+    return means
 
 
 def _orthogonality(wrappers: Sequence[Any]) -> Tensor:
@@ -188,5 +197,5 @@ def _delta(wrapper: Any) -> LowRank:
     a, b, scale = wrapper.lora_A[_NAME], wrapper.lora_B[_NAME], wrapper.scaling[_NAME]
     if isinstance(a, nn.Linear):
         return LowRank((b.weight * scale).detach(), a.weight.detach().clone())
-    rank = wrapper.ranknum[_NAME].item() + _RANK_OFFSET
+    rank = wrapper.r[_NAME] + _RANK_OFFSET
     return LowRank((b * (scale / rank)).detach(), (a * wrapper.lora_E[_NAME]).detach())

@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rep_fast.editors.adam import Skip
+from rep_fast.editors.course import Course
 from rep_fast.editors.pac_adam import RowAdam, step_on_all, step_on_rows
 from rep_fast.editors.pac_contrast import Contrast, contrasts_of
 from rep_fast.editors.pac_slices import Place, Rows, TrainableSlices
@@ -149,63 +151,71 @@ class _Training:
         self.slices = TrainableSlices(lm, [(layer, linear) for layer in self._layers for linear in linears])
         self._choices: dict[int, _Choice] = {}
         self._shared_adam = RowAdam()
-        self._nll_first: dict[int, float] = {}
-        self._nll_last: dict[int, float] = {}
-        self._epochs = self._updates = 0
+        self._course = Course(lm.device)
+        self._nll: list[tuple[range, Tensor]] = []  # facts of each batch that was entered, and theirs
 
     def run(self) -> None:
         """Epochs until the steps are used up or nothing is left to do."""
         with self.slices.in_forward():
             for epoch in range(self._hparams.pac_epochs):
-                self._epochs += 1
                 if self._hparams.retrace is not None and epoch % self._hparams.retrace == 0:
+                    if self._course.is_over():  # the trace would wait anyway, and its nodes join the slices
+                        return
                     self._choices.clear()
                 order = torch.randperm(len(self._batches), generator=self._generator).tolist()
-                n_trained = sum(self._train_on(number) for number in order)
-                if not n_trained:
-                    break
+                for place, number in enumerate(order, 1):
+                    self._train_on(number)
+                    if place == len(order):
+                        self._course.end_pass()
+                    if self._course.has_ended():
+                        return
 
     def notes(self) -> dict[str, Any]:
         """What happened, as JSON values."""
         facts = range(len(self._contrasts))
+        epochs, updates = self._course.told()
+        entered = self._nll[: epochs * len(self._batches)]
+        values = torch.cat([nll for _, nll in entered]).tolist()
+        first: dict[int, float] = {}
+        last: dict[int, float] = {}
+        for fact, value in zip((fact for batch, _ in entered for fact in batch), values, strict=True):
+            first.setdefault(fact, value)
+            last[fact] = value
         return {
-            "nll_first": [self._nll_first[fact] for fact in facts],
-            "nll_last": [self._nll_last[fact] for fact in facts],
-            "epochs": self._epochs,
-            "updates": self._updates,
+            "nll_first": [first[fact] for fact in facts],
+            "nll_last": [last[fact] for fact in facts],
+            "epochs": epochs,
+            "updates": updates,
             "nodes": sum(len(own) for own in self.slices.values.values()),
             "answered_before": [fact for fact in facts if self._contrasts[fact].is_answered],
         }
 
-    def _train_on(self, number: int) -> bool:
-        """The two steps on one batch; False where its facts hold already."""
-        contrasts = [self._contrasts[fact] for fact in self._batches[number]]
+    def _train_on(self, number: int) -> None:
+        """The two steps on one batch, none where its facts hold already."""
+        batch, stop = self._batches[number], self._hparams.early_stop
+        contrasts = [self._contrasts[fact] for fact in batch]
         choice = self._choice(number)
         with self.slices.trainable():
             nll = target_nll(self._lm, [contrast.wanted for contrast in contrasts])
-            self._note(number, nll.detach())
-            if self._hparams.early_stop is not None and bool((nll < self._hparams.early_stop).all()):
-                return False
+            self._nll.append((batch, nll.detach()))
+            skip = self._course.enter(None if stop is None else (nll.detach() < stop).all().to(self._lm.device))
+            if skip is True:
+                return
             gradients = self.slices.gradients(nll.mean())
-        self._step(gradients, choice.positive, choice.positive_adam, choice.rates)
+        self._step(gradients, choice.positive, choice.positive_adam, choice.rates, skip)
         if self._hparams.pac_lambda > 0:
             with self.slices.trainable():
                 kept = target_nll(self._lm, [contrast.kept for contrast in contrasts])
                 gradients = self.slices.gradients(self._hparams.pac_lambda * kept.mean())
-            self._step(gradients, choice.negative, choice.negative_adam, choice.rates)
-        self._updates += 1
-        return True
+            self._step(gradients, choice.negative, choice.negative_adam, choice.rates, skip)
 
-    def _step(self, gradients: Mapping[Place, Tensor], rows: Rows, adam: RowAdam, rates: Mapping[Place, float]) -> None:
+    def _step(
+        self, gradients: Mapping[Place, Tensor], rows: Rows, adam: RowAdam, rates: Mapping[Place, float], skip: Skip
+    ) -> None:
         if self._hparams.adam_state == "dense_parity":
-            step_on_all(self.slices, gradients, rows, self._shared_adam, rates)
+            step_on_all(self.slices, gradients, rows, self._shared_adam, rates, skip=skip)
         else:
-            step_on_rows(self.slices, gradients, rows, adam, rates)
-
-    def _note(self, number: int, nll: Tensor) -> None:
-        for fact, value in zip(self._batches[number], nll.tolist(), strict=True):
-            self._nll_first.setdefault(fact, value)
-            self._nll_last[fact] = value
+            step_on_rows(self.slices, gradients, rows, adam, rates, skip=skip)
 
     def _choice(self, number: int) -> _Choice:
         """The nodes of a batch, traced on the weights as they are when first asked for."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rep_fast.edits import ModuleEdit, Slices
 from rep_fast.models import Captured, EditableLM, Site
+from rep_fast.models.transfer import sent
 
 Place = tuple[int, str]  # layer, name of the linear module
 Rows = Mapping[Place, Tensor]
@@ -59,8 +60,8 @@ class TrainableSlices:
         for node in wanted:
             known.setdefault(node, len(known))
         self._values[place] = torch.cat([values, values.new_zeros(len(known) - len(values), values.shape[1])])
-        self._index[place] = torch.tensor(list(known), dtype=torch.int64, device=values.device)
-        return torch.tensor([known[node] for node in wanted], dtype=torch.int64, device=values.device)
+        self._index[place] = sent(torch.tensor(list(known), dtype=torch.int64), values.device)
+        return sent(torch.tensor([known[node] for node in wanted], dtype=torch.int64), values.device)
 
     @contextmanager
     def in_forward(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rep_fast.facts import Fact
 from rep_fast.models import Batch, EditableLM
+from rep_fast.models.transfer import sent
 
 Objective = Literal["prompt_last", "target_new"]
 
@@ -59,8 +60,8 @@ class TargetLoss:
             first += len(at[-1])
         wide = torch.promote_types(lm.dtype, torch.float32)
         return cls(
-            tuple(inputs), tuple(prompt_lengths), tuple(at), torch.tensor(rows, device=lm.device),
-            torch.tensor(target_ids, device=lm.device), torch.tensor(weights, dtype=wide, device=lm.device),
+            tuple(inputs), tuple(prompt_lengths), tuple(at), sent(torch.tensor(rows), lm.device),
+            sent(torch.tensor(target_ids), lm.device), sent(torch.tensor(weights, dtype=wide), lm.device),
         )  # fmt: skip
 
     @property

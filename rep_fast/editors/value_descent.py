@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rep_fast.editors.value_texts import GroupTexts, LossRows
-from rep_fast.models.transfer import Arriving, sent
+from rep_fast.models.transfer import sent
+from rep_fast.ops.arriving import Late
 
 _SMALLEST_NORM = 1e-12
 _BETAS, _EPS = (0.9, 0.999), 1e-8
@@ -82,7 +83,7 @@ def descend(forward: Forward, v_0: Tensor, hparams: ValueHparams, *, lag: int | 
     norms = v_0.detach().to(dtype).norm(dim=-1)
     deltas = torch.zeros(v_0.shape, dtype=dtype, device=v_0.device)
     adam = _Adam(deltas, hparams.v_lr)
-    progress = _Progress(len(norms), lag=int(v_0.device.type != "cpu") if lag is None else lag)
+    progress = _Progress(len(norms), Late(v_0.device, lag=lag))
     answered: list[tuple[bool, ...]] = []
     active, loss_of = torch.arange(len(norms), device=v_0.device), None
     is_done = torch.zeros(len(norms), dtype=torch.bool, device=v_0.device)
@@ -127,22 +128,21 @@ class _Shown(NamedTuple):
 class _Progress:
     """What every forward showed, read in one copy at the end, and which groups go on.
 
-    n_groups: at the start. lag: forwards between a group's end and the host's learning of it.
+    n_groups: at the start. late: tells the host that groups have ended.
     """
 
-    def __init__(self, n_groups: int, *, lag: int) -> None:
-        self._active, self._lag = list(range(n_groups)), lag
+    def __init__(self, n_groups: int, late: Late) -> None:
+        self._active, self._late = list(range(n_groups)), late
         self._shown: list[_Shown] = []
-        self._underway: list[Arriving] = []
 
     def after(self, losses: Tensor, deltas: Tensor, is_done: Tensor) -> list[int]:
         """Takes in a forward of the active groups; returns the places among them of those not known to be done."""
         self._shown.append(_Shown(self._active, losses, deltas, is_done))
-        self._underway.append(Arriving(is_done))
-        if len(self._underway) <= self._lag:
+        told = self._late.after(is_done)
+        if told is None:
             return list(range(len(self._active)))
-        told, groups = self._underway.pop(0).read().tolist(), self._shown[-1 - self._lag].groups
-        done = {group for group, is_over in zip(groups, told, strict=True) if is_over}
+        groups = self._shown[-1 - self._late.lag].groups
+        done = {group for group, is_over in zip(groups, told.tolist(), strict=True) if is_over}
         left = [place for place, group in enumerate(self._active) if group not in done]
         self._active = [self._active[place] for place in left]
         return left

@@ -10,18 +10,21 @@ constant in W' and run once; each step runs only the layers above.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from rep_fast.editors.answered import answered_before, left_out
 from rep_fast.edits import Edit, MemoryRules, ModuleEdit, SideMemory, replacements_at, without_replacements
-from rep_fast.edits.side_memory import activation_gaps, check_rules, filled, joined, prompt_gaps
+from rep_fast.edits.side_memory import activation_gaps, check_rules, filled, prompt_gaps
 from rep_fast.errors import HparamError
 from rep_fast.facts import Fact
 from rep_fast.models import Batch, EditableLM, ForwardPass, Site, SuffixState
+from rep_fast.models.transfer import sent
+from rep_fast.ops.arriving import read_late
 from rep_fast.presets import flat_mapping
 
 LINEAR = "down"
@@ -113,20 +116,16 @@ def wise(
     rules = hparams.rules(lm.activation)
     active = [made for made in replacements_at(lm, place) if isinstance(made, SideMemory)]
     check_rules(active, rules)
-    memories = filled(active)
-    own: list[SideMemory] = []  # what this call adds, one piece per memory
+    filling = _Filling(filled(active), rules)
     losses: list[tuple[float, ...]] = []
     before = left_out(facts, answered_before(lm, facts, target_tok=hparams.target_tok))
     with without_replacements(lm, place):
         for fact in (fact for number, fact in enumerate(facts) if number not in before):
-            has_room = bool(memories) and memories[-1].counts[0] < rules.save_freq
             examples = gather(lm, fact, hparams, templates)
-            start = memories[-1].changes[0].to(examples.values) if has_room else _no_change(examples)
-            mask = trainable_entries(start, hparams.mask_ratio, seed=seed, number=len(memories) - has_room)
+            start = filling.start(examples)
+            mask = trainable_entries(start, hparams.mask_ratio, seed=seed, number=filling.number)
             change, lost = train_memory(lm, examples, start, mask, hparams)
-            piece = SideMemory((change - start)[None], (_prompt_gap(examples, change, lm.activation),), (1,), rules)
-            own[-1:] = filled([own[-1], piece]) if own and has_room else [*own[-1:], piece]
-            memories[-1:] = filled([memories[-1], piece]) if has_room else [*memories[-1:], piece]
+            filling.add(change - start, _prompt_gap(examples, change, lm.activation))
             losses.append(lost)
     notes = {
         "templates": list(templates),
@@ -140,10 +139,67 @@ def wise(
         method=method,
         hparams=flat_mapping(hparams),
         fingerprint=lm.fingerprint,
-        modules=(ModuleEdit(place[0], linear=LINEAR, replacement=joined(own)),),
+        modules=(ModuleEdit(place[0], linear=LINEAR, replacement=filling.written()),),
         notes=notes,
         model_name=lm.name,
     )
+
+
+@dataclass
+class _Piece:
+    """What was written into one memory: a change [D, M], the smallest gap [] of its facts, and how many these are."""
+
+    change: Tensor
+    gap: Tensor
+    count: int
+
+
+class _Filling:
+    """The memories of a module while facts are written into them, and the pieces that this call adds.
+
+    memories: those that active edits have filled, in order and each as one piece.
+    """
+
+    def __init__(self, memories: Sequence[SideMemory], rules: MemoryRules) -> None:
+        self._rules, self._n_memories = rules, len(memories)
+        self._open = memories[-1].changes[0] if memories else None
+        self._open_count = memories[-1].counts[0] if memories else rules.save_freq
+        self._pieces: list[_Piece] = []
+
+    @property
+    def _has_room(self) -> bool:
+        return self._open_count < self._rules.save_freq
+
+    @property
+    def number(self) -> int:
+        """Of the memory that takes the next fact."""
+        return self._n_memories - self._has_room
+
+    def start(self, examples: Examples) -> Tensor:
+        """What that memory's W' − W [D, M] is by now."""
+        if self._open is not None and self._has_room:
+            return self._open.to(examples.values)
+        return examples.values.new_zeros(examples.values.shape[-1], examples.keys.shape[-1])
+
+    def add(self, change: Tensor, gap: Tensor) -> None:
+        """Writes a fact's change [D, M], with the smallest gap [] of its rows, into that memory."""
+        if self._open is None or not self._has_room:
+            self._n_memories += 1
+            self._open, self._open_count = change, 1
+            self._pieces.append(_Piece(change, gap, 1))
+            return
+        self._open, self._open_count = self._open + change, self._open_count + 1
+        if self._pieces:
+            last = self._pieces[-1]
+            self._pieces[-1] = _Piece(last.change + change, torch.minimum(last.gap, gap), last.count + 1)
+        else:  # the memory was begun by an earlier edit
+            self._pieces.append(_Piece(change, gap, 1))
+
+    def written(self) -> SideMemory:
+        """What this call has added, a piece per memory."""
+        gaps = torch.stack([piece.gap for piece in self._pieces]).tolist()
+        counts = tuple(piece.count for piece in self._pieces)
+        return SideMemory(torch.stack([piece.change for piece in self._pieces]), tuple(gaps), counts, self._rules)
 
 
 def gather(lm: EditableLM, fact: Fact, hparams: WiseHparams, templates: Sequence[str]) -> Examples:
@@ -155,7 +211,7 @@ def gather(lm: EditableLM, fact: Fact, hparams: WiseHparams, templates: Sequence
     with torch.no_grad(), lm.capture([key_site, value_site]) as seen:
         state = lm.suffix_state(batch, hparams.layer, [0] * batch.n_rows)
     answer_at = tuple(answer.positions for answer in answers)
-    target_ids = torch.tensor([token for answer in answers for token in answer.target_ids], device=lm.device)
+    target_ids = sent(torch.tensor([token for answer in answers for token in answer.target_ids]), lm.device)
     values = _widened(seen[value_site])
     is_prompt = ForwardPass.of(batch).is_prompt(values.shape[1])
     is_subject = _subject_tokens(lm, prompts, fact.subject, is_prompt)
@@ -168,20 +224,30 @@ def train_memory(
     lm: EditableLM, examples: Examples, start: Tensor, mask: Tensor, hparams: WiseHparams
 ) -> tuple[Tensor, tuple[float, ...]]:
     """SGD on W' − W [D, M] from `start`, where `mask` [D, M] allows it; returns it and the loss of each forward."""
-    weight = lm.linear_weight(hparams.layer, LINEAR).detach().to(start)
-    change = start.clone().requires_grad_()
     losses: list[float] = []
+    steps = islice(_descent(lm, examples, start, mask, hparams), hparams.n_iter + 1)
+    for change, loss in read_late(steps):  # noqa: B007 - the last is the result
+        moved = abs(loss - losses[-1]) if losses else float("inf")
+        losses.append(loss)
+        if loss <= hparams.stop_loss and moved <= hparams.stop_change:
+            break
+    return change, tuple(losses)
+
+
+def _descent(
+    lm: EditableLM, examples: Examples, start: Tensor, mask: Tensor, hparams: WiseHparams
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Changes one step of SGD after another, from `start`, each with its loss."""
+    weight = lm.linear_weight(hparams.layer, LINEAR).detach().to(start)
+    change = start.clone()
     while True:
-        loss = memory_loss(lm, examples, change, hparams)
-        losses.append(float(loss.detach()))
-        moved = abs(losses[-1] - losses[-2]) if len(losses) > 1 else float("inf")
-        if len(losses) > hparams.n_iter or (losses[-1] <= hparams.stop_loss and moved <= hparams.stop_change):
-            return change.detach(), tuple(losses)
-        (gradient,) = torch.autograd.grad(loss, [change])  # the model's weights get none
-        with torch.no_grad():
-            step = gradient + hparams.weight_decay * (weight + change)
-            moved_to = (change - hparams.edit_lr * step).clamp_(-hparams.norm_constraint, hparams.norm_constraint)
-            change.copy_(torch.where(mask, moved_to, change))
+        leaf = change.detach().requires_grad_()
+        loss = memory_loss(lm, examples, leaf, hparams)
+        yield change, loss.detach()
+        (gradient,) = torch.autograd.grad(loss, [leaf])  # the model's weights get none
+        step = gradient + hparams.weight_decay * (weight + change)
+        moved_to = (change - hparams.edit_lr * step).clamp_(-hparams.norm_constraint, hparams.norm_constraint)
+        change = torch.where(mask, moved_to, change)
 
 
 def memory_loss(lm: EditableLM, examples: Examples, change: Tensor, hparams: WiseHparams) -> Tensor:
@@ -199,23 +265,23 @@ def memory_loss(lm: EditableLM, examples: Examples, change: Tensor, hparams: Wis
 def trainable_entries(like: Tensor, ratio: float, *, seed: int, number: int) -> Tensor:
     """The mask of memory `number`: each entry of a matrix like this is trainable with probability `ratio`."""
     generator = torch.Generator().manual_seed((seed << 20) + number)
-    return (torch.rand(like.shape, generator=generator) < ratio).to(like.device)
+    return sent(torch.rand(like.shape, generator=generator) < ratio, like.device)
 
 
 def _subject_tokens(lm: EditableLM, prompts: Sequence[str], subject: str, is_prompt: Tensor) -> Tensor:
     """[P, T] bool: from the subject's first token to its last."""
     positions = torch.arange(is_prompt.shape[1], device=is_prompt.device)
     spans = torch.tensor(
-        [[lm.locate(p, subject, strategy=end).position for end in ("subject_first", "subject_last")] for p in prompts],
-        device=is_prompt.device,
+        [[lm.locate(p, subject, strategy=end).position for end in ("subject_first", "subject_last")] for p in prompts]
     )
+    spans = sent(spans, is_prompt.device)
     return (positions >= spans[:, :1]) & (positions <= spans[:, 1:]) & is_prompt
 
 
-def _prompt_gap(examples: Examples, change: Tensor, activation: str) -> float:
-    """What routing will measure at least, on the rows of training."""
+def _prompt_gap(examples: Examples, change: Tensor, activation: str) -> Tensor:
+    """What routing will measure at least, on the rows of training, []."""
     side = examples.values + examples.keys @ change.T
-    return float(prompt_gaps(examples.values, side, ForwardPass.of(examples.batch), activation).min())
+    return prompt_gaps(examples.values, side, ForwardPass.of(examples.batch), activation).min()
 
 
 def _row_means(gaps: Tensor, where: Tensor) -> Tensor:
@@ -224,12 +290,11 @@ def _row_means(gaps: Tensor, where: Tensor) -> Tensor:
 
 
 def _mean_of_positive(excess: Tensor) -> Tensor:
-    positive = excess[excess > 0]
-    return positive.mean() if len(positive) else excess.new_zeros(())
-
-
-def _no_change(examples: Examples) -> Tensor:
-    return examples.values.new_zeros(examples.values.shape[-1], examples.keys.shape[-1])
+    """Mean of the positive entries, 0 where there are none; how many there are is not known on the host."""
+    is_positive = excess > 0
+    # positive ones first: the sum then rounds as that of these alone
+    kept = torch.where(is_positive, excess, 0.0).gather(0, is_positive.long().argsort(descending=True, stable=True))
+    return kept.sum() / is_positive.sum().clamp_min(1)
 
 
 def _widened(tensor: Tensor) -> Tensor:

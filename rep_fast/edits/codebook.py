@@ -73,8 +73,7 @@ class Codebook:
             raise HparamError(f"a codebook has no extent {self.extent!r}; use one of {', '.join(EXTENTS)}")
         if not all(0 < radius < float("inf") for radius in self.radii):
             raise HparamError(f"radii {list(self.radii)} of a codebook must be positive and finite")
-        check_finite_rows(keys, "the codebook's keys")
-        check_finite_rows(values, "the codebook's values")
+        check_finite_rows((keys, "the codebook's keys"), (values, "the codebook's values"))
 
     @classmethod
     def stacked(cls, made: Sequence[Codebook]) -> Codebook:

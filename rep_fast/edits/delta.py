@@ -55,13 +55,16 @@ class Delta(Protocol):
         ...
 
 
-def check_finite_rows(matrix: Tensor, what: str) -> None:
-    """Refuse NaN and infinity.
+def check_finite_rows(*parts: tuple[Tensor, str]) -> None:
+    """Refuse NaN and infinity in matrices of one device, each given with what it is; the host waits once for all.
 
     Raises:
         NonFiniteError: names the first bad row.
     """
-    finite = torch.isfinite(matrix).all(dim=1)
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        raise NonFiniteError(f"row {row} of {what} holds NaN or infinity; the edit cannot be used")
+    finite = [torch.isfinite(matrix).all(dim=1) for matrix, _ in parts]
+    if bool(torch.cat(finite).all()):
+        return
+    for rows, (_, what) in zip(finite, parts, strict=True):
+        if not bool(rows.all()):
+            row = int((~rows).nonzero()[0])
+            raise NonFiniteError(f"row {row} of {what} holds NaN or infinity; the edit cannot be used")

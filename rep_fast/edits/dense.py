@@ -30,7 +30,7 @@ class Dense:
             raise LayerError(
                 f"a dense delta is a floating-point matrix, got {tuple(self.matrix.shape)} {self.matrix.dtype}"
             )
-        check_finite_rows(self.matrix, "the delta")
+        check_finite_rows((self.matrix, "the delta"))
 
     @classmethod
     def concat(cls, deltas: Sequence[Dense]) -> Dense:

@@ -45,8 +45,7 @@ class LowRank:
                 f"factors {left.dtype} on {left.device} and {right.dtype} on {right.device} must share one floating "
                 "dtype and one device"
             )
-        check_finite_rows(left, "the left factor")
-        check_finite_rows(right, "the right factor")
+        check_finite_rows((left, "the left factor"), (right, "the right factor"))
 
     @classmethod
     def concat(cls, deltas: Sequence[LowRank]) -> LowRank:
@@ -59,6 +58,9 @@ class LowRank:
             raise LayerError("a sum of deltas needs at least one")
         if len({delta.shape for delta in deltas}) > 1:
             raise LayerError(f"deltas of shapes {[delta.shape for delta in deltas]} cannot be added")
+        first = deltas[0]
+        if len(deltas) == 1 and first.left.is_contiguous() and first.right.is_contiguous():
+            return first  # a new one would be read through for NaN again
         return cls(torch.cat([delta.left for delta in deltas], 1), torch.cat([delta.right for delta in deltas], 0))
 
     @property

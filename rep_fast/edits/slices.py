@@ -55,12 +55,13 @@ class Slices:
             raise LayerError(
                 f"slices need floating values on the index's device, got {values.dtype} on {values.device}"
             )
-        outside = (index < 0) | (index >= self.size)
-        if bool(outside.any()):
+        outside, ordered = (index < 0) | (index >= self.size), index.sort().values
+        is_outside, repeats = torch.stack([outside.any(), (ordered[1:] == ordered[:-1]).any()]).tolist()
+        if is_outside:
             raise LayerError(f"slice {int(index[outside][0])} lies outside the {self.size} {self.axis} of the weight")
-        if len(index.unique()) < len(index):
+        if repeats:
             raise LayerError(f"slices along {self.axis} repeat an index; add the values up first")
-        check_finite_rows(values, "the slices")
+        check_finite_rows((values, "the slices"))
 
     @classmethod
     def concat(cls, deltas: Sequence[Slices]) -> Slices:

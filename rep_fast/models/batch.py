@@ -98,6 +98,12 @@ class Batch:
         prompts = None if self.prompt_lengths is None else self.prompt_lengths[index]
         return Batch(self.input_ids[index, : max(row_lengths)], self.lengths[index], row_lengths, prompts)
 
+    def followed_by(self, tokens: Tensor) -> Batch:
+        """One more token per row, [n] int64 on the same device; for rows of one length."""
+        row_lengths = tuple(length + 1 for length in self.row_lengths)
+        input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=1)
+        return Batch(input_ids, self.lengths + 1, row_lengths, self.prompt_lengths)
+
     def to(self, device: torch.device | str) -> Batch:
         device = torch.device(device)
         prompts = None if self.prompt_lengths is None else sent(self.prompt_lengths, device)

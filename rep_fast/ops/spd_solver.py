@@ -9,14 +9,17 @@ wanted accuracy, and conjugate gradients preconditioned by the factor take over 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import count, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rep_fast.errors import CorruptFileError, HparamError, NonFiniteError, SingularMomentError, SolverError
+from rep_fast.ops.arriving import read_late
 from rep_fast.ops.cholesky import Factor, factorise
 from rep_fast.ops.finite import is_finite
 from rep_fast.ops.spd_residual import spd_residual
@@ -171,12 +174,12 @@ class SpdSolver:
                 return found * lengths * largest
         x, rest, iterations = self._refine(unit, goal)
         method = "refinement"
-        if goal.missed(rest, x) > 1.0:
+        if bool(goal.missed(rest, x) > 1.0):
             x, rest, cg_steps = self._conjugate_gradients(unit, x, rest, goal)
             method, iterations = "conjugate gradients", iterations + cg_steps
         worst = float(rest.norm(dim=0).max()) if rest.numel() else 0.0
         self.report = replace(self.report, method=method, iterations=iterations, residual=worst, forward_error=None)
-        if not goal.missed(rest, x) <= 1.0:
+        if not bool(goal.missed(rest, x) <= 1.0):
             raise SolverError(self._not_reached(x, worst, goal))
         return x * lengths * largest
 
@@ -271,18 +274,22 @@ class SpdSolver:
 
         The first correction alone does not tell: x may hold little of the directions in which the factor errs.
         """
-        generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.key_dim, _PROBES, dtype=torch.float64, generator=generator).to(self.second_moment.device)
-        nothing = torch.zeros_like(v)
         worst = torch.finfo(self._factor.lower.dtype).eps  # right-hand sides are rounded to that, whatever C is
-        for _ in range(_PROBE_STEPS):
-            v /= v.norm(dim=0)
-            v = self._factor.solve(self._residual(nothing, v)).add_(v)
-            largest = float(v.norm(dim=0).max())
+        for _, largest in read_late(islice(self._probes(), _PROBE_STEPS)):
             if largest <= worst:
                 break
             worst = largest
         return worst
+
+    def _probes(self) -> Iterator[tuple[None, Tensor]]:
+        """By how much each step of the power iteration changes its longest column."""
+        generator = torch.Generator().manual_seed(0)
+        v = torch.randn(self.key_dim, _PROBES, dtype=torch.float64, generator=generator).to(self.second_moment.device)
+        nothing = torch.zeros_like(v)
+        while True:
+            v /= v.norm(dim=0)
+            v = self._factor.solve(self._residual(nothing, v)).add_(v)
+            yield None, v.norm(dim=0).max()
 
     def _residual(self, unit: Tensor, x: Tensor) -> Tensor:
         """b − (C + shift·I) x in float64."""
@@ -290,15 +297,12 @@ class SpdSolver:
 
     def _refine(self, unit: Tensor, goal: _Goal) -> tuple[Tensor, Tensor, int]:
         """Iterative refinement to the goal or until a step gains less than a factor of two: x, rest, steps."""
-        x = self._factor.solve(unit)
-        rest = self._residual(unit, x)
-        missed = goal.missed(rest, x)
+        iterates = read_late(self._refinements(unit, goal), ends=partial(self._likely_reaches, goal))
+        (x, rest), missed = next(iterates)
         for step in range(1, _MAX_REFINEMENTS + 1):
             if missed <= 1.0:
                 return x, rest, step - 1
-            candidate = self._factor.solve(rest).add_(x)
-            next_rest = self._residual(unit, candidate)
-            next_missed = goal.missed(next_rest, candidate)
+            (candidate, next_rest), next_missed = next(iterates)
             if not next_missed < missed:
                 return x, rest, step
             stalls = next_missed > 0.5 * missed
@@ -307,26 +311,52 @@ class SpdSolver:
                 break
         return x, rest, step
 
+    def _refinements(self, unit: Tensor, goal: _Goal) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """Step by step x and its rest, and by how much they miss the goal."""
+        x = self._factor.solve(unit)
+        while True:
+            rest = self._residual(unit, x)
+            yield (x, rest), goal.missed(rest, x)
+            x = self._factor.solve(rest).add_(x)
+
+    def _likely_reaches(self, goal: _Goal, missed: Sequence[float]) -> bool:
+        """Whether the step after those that missed the goal by so much should reach it.
+
+        Right-hand sides have norm 1, so what n steps have left of it tells what one step leaves.
+        """
+        if not missed:
+            return self.report.precision == "fp64"
+        return missed[-1] * (missed[-1] * goal.tolerance) ** (1 / len(missed)) <= 1.0
+
     def _refine_to_error(self, unit: Tensor, forward_error: float) -> Tensor | None:
         """Iterative refinement until the estimated error of every column is small, None where it converges slowly."""
         rate = _PROBE_SAFETY * self._contraction
         if not rate <= 0.5:
             return None
-        x = self._factor.solve(unit)
-        estimate, step = rate, 0
-        while estimate > forward_error:
-            if step == _MAX_REFINEMENTS:
+        x, estimate, step = self._factor.solve(unit), rate, 0
+        if estimate > forward_error:
+            corrected = read_late(
+                islice(self._corrections(unit, x, rate), _MAX_REFINEMENTS),
+                ends=lambda known: rate * (known or [rate])[-1] <= forward_error,
+            )
+            for step, (x, estimate) in enumerate(corrected, 1):  # noqa: B007 - the last is the result
+                if not estimate > forward_error:
+                    break
+            else:
                 return None
-            correction = self._factor.solve(self._residual(unit, x))
-            x += correction
-            step += 1
-            shares = _ratio(correction.norm(dim=0), x.norm(dim=0))
-            # the next correction would be `rate` times this one, all that follow 1 / (1 - rate) times that
-            estimate = rate / (1 - rate) * float(shares.max()) if shares.numel() else 0.0
         self.report = replace(
             self.report, method="refinement", iterations=step, residual=math.nan, forward_error=estimate
         )
         return x
+
+    def _corrections(self, unit: Tensor, x: Tensor, rate: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Step by step x, and what the latest correction lets its relative error be."""
+        while True:
+            correction = self._factor.solve(self._residual(unit, x))
+            x = x + correction
+            shares = _ratio(correction.norm(dim=0), x.norm(dim=0))
+            # the next correction would be `rate` times this one, all that follow 1 / (1 - rate) times that
+            yield x, rate / (1 - rate) * (shares.max() if shares.numel() else shares.sum())
 
     def _conjugate_gradients(
         self, unit: Tensor, start: Tensor, rest: Tensor, goal: _Goal
@@ -335,12 +365,22 @@ class SpdSolver:
 
         The preconditioner is rounded differently at every step, hence the Polak–Ribière form of β.
         """
+        steps = read_late(islice(self._gradient_steps(unit, start, rest, goal), _MAX_CG_STEPS))
+        for step, (best, missed) in enumerate(steps, 1):  # noqa: B007 - the last is the result
+            if missed <= 0.5:
+                break
+        return best, self._residual(unit, best), step
+
+    def _gradient_steps(
+        self, unit: Tensor, start: Tensor, rest: Tensor, goal: _Goal
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Step by step the best iterate of each column, and by how much they miss the goal."""
         x, best = start.clone(), start.clone()
         best_rest, best_norms = rest, rest.norm(dim=0)
         z = self._factor.solve(rest)
         direction, rz = z, (rest * z).sum(0)
         nothing = torch.zeros_like(unit)
-        for step in range(1, _MAX_CG_STEPS + 1):
+        for step in count(1):
             image = self._residual(nothing, direction).neg_()
             alpha = _ratio(rz, (direction * image).sum(0))
             x = x + alpha * direction
@@ -350,13 +390,11 @@ class SpdSolver:
             better = norms < best_norms
             best, best_norms = torch.where(better, x, best), torch.where(better, norms, best_norms)
             best_rest = torch.where(better, new_rest, best_rest)
-            if goal.missed(best_rest, best) <= 0.5:
-                break
+            yield best, goal.missed(best_rest, best)
             new_z = self._factor.solve(new_rest)
             beta = _ratio((new_z * (new_rest - rest)).sum(0), rz)
             direction = new_z + beta * direction
             rest, rz = new_rest, (new_rest * new_z).sum(0)
-        return best, self._residual(unit, best), step
 
     def _not_reached(self, x: Tensor, worst: float, goal: _Goal) -> str:
         norm = float(torch.linalg.vector_norm(self.second_moment))
@@ -378,12 +416,12 @@ class _Goal:
     tolerance: float
     moment_norm: float = 0.0
 
-    def missed(self, rest: Tensor, x: Tensor) -> float:
-        """Largest ‖rest‖ as a multiple of what is allowed: reached at 1."""
+    def missed(self, rest: Tensor, x: Tensor) -> Tensor:
+        """Largest ‖rest‖ as a multiple of what is allowed, []: reached at 1."""
         if not rest.numel():
-            return 0.0
+            return rest.new_zeros(())
         allowed = self.tolerance * (1.0 + self.moment_norm * x.norm(dim=0)) if self.moment_norm else self.tolerance
-        return float((rest.norm(dim=0) / allowed).max())
+        return (rest.norm(dim=0) / allowed).max()
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -29,13 +29,7 @@ def symmetric(matrix: Tensor) -> Tensor:
             f"SpdSolver: second moment must be (M, M) float32|float64, got {tuple(matrix.shape)} {matrix.dtype}"
         )
     matrix = matrix.detach()
-    largest = max(_largest_entry(rows, first) for first, rows in _tiles(matrix))
-    difference = 0.0
-    for first, rows in _tiles(matrix):
-        for other, other_rows in _tiles(matrix[: first + _TILE_ROWS]):
-            tile, mirrored = rows[:, other : other + _TILE_ROWS], other_rows[:, first : first + _TILE_ROWS].T
-            if not torch.equal(tile, mirrored):
-                difference = max(difference, float((tile - mirrored).abs().max()))
+    largest, difference = _largest_entry(matrix), _largest_difference(matrix)
     if difference > _ASYMMETRY[matrix.dtype] * largest:
         raise HparamError(
             f"SpdSolver: second moment is not symmetric, |C - Cᵀ| reaches {difference:.2e} with entries up to"
@@ -50,9 +44,25 @@ def _tiles(matrix: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield first, matrix[first : first + _TILE_ROWS]
 
 
-def _largest_entry(rows: Tensor, first: int) -> float:
-    smallest, largest = (float(value) for value in rows.aminmax())
-    if not math.isfinite(smallest) or not math.isfinite(largest):
-        row = first + int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
-        raise NonFiniteError(f"SpdSolver: second moment holds a NaN or infinity in row {row}")
-    return max(-smallest, largest)
+def _largest_entry(matrix: Tensor) -> float:
+    """Of all |C_ij|; the host waits once, not for every tile."""
+    extremes = torch.stack([torch.stack(rows.aminmax()) for _, rows in _tiles(matrix)]).tolist()
+    for (first, rows), found in zip(_tiles(matrix), extremes, strict=True):
+        if not all(map(math.isfinite, found)):  # a NaN anywhere makes both NaN
+            row = first + int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])
+            raise NonFiniteError(f"SpdSolver: second moment holds a NaN or infinity in row {row}")
+    return max(max(-smallest, largest) for smallest, largest in extremes)
+
+
+def _largest_difference(matrix: Tensor) -> float:
+    """Of all |C_ij − C_ji|; only tiles that are not each other's mirror image are subtracted."""
+    pairs = [
+        (rows[:, other : other + _TILE_ROWS], other_rows[:, first : first + _TILE_ROWS].T)
+        for first, rows in _tiles(matrix)
+        for other, other_rows in _tiles(matrix[: first + _TILE_ROWS])
+    ]
+    differs = torch.stack([(tile != mirrored).any() for tile, mirrored in pairs]).tolist()
+    found = [
+        (tile - mirrored).abs().max() for (tile, mirrored), is_other in zip(pairs, differs, strict=True) if is_other
+    ]
+    return float(torch.stack(found).max()) if found else 0.0

@@ -116,7 +116,7 @@ def _scored(trace: Trace, score: str, k_node: str) -> NodeScores:
     key, value = _on_host(trace, score, k_node, checks=checks)
     if not checks and not (is_finite(key) and is_finite(value)):
         key, value = _on_host(trace, score, k_node, checks=True)
-    if score in ("sum", "abs_sum") and all(_cancels(own.g) for own in trace.down):
+    if score in ("sum", "abs_sum") and _all_cancel([own.g for own in trace.down]):
         warnings.warn(
             f"score {score!r} of value-nodes is rounding noise: behind a LayerNorm the gradient of the residual stream "
             "sums to zero over its dimensions; use 'zabs', 'l2' or 'gxw'",
@@ -134,11 +134,14 @@ def _on_host(trace: Trace, score: str, k_node: str, *, checks: bool) -> tuple[Te
     return on_host(key), on_host([_rows(own, score, checks) for own in trace.down])
 
 
-def _cancels(g: Tensor) -> bool:
-    """Whether every token's gradient sums to zero over its dimensions, up to rounding."""
-    tolerance = min(100 * torch.finfo(g.dtype).eps, 1e-3)
-    wide = g.double()
-    return bool((wide.sum(1).abs() <= tolerance * wide.abs().sum(1)).all())
+def _all_cancel(gradients: Sequence[Tensor]) -> bool:
+    """Whether in every layer every token's gradient sums to zero over its dimensions, up to rounding."""
+    found = []
+    for g in gradients:
+        tolerance = min(100 * torch.finfo(g.dtype).eps, 1e-3)
+        wide = g.double()
+        found.append((wide.sum(1).abs() <= tolerance * wide.abs().sum(1)).all().to(gradients[-1].device))
+    return bool(torch.stack(found).all())
 
 
 def _columns(own: LayerTrace, score: str, checks: bool) -> Tensor:

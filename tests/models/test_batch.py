@@ -30,6 +30,14 @@ def test_select_cuts_to_its_longest_row():
     assert part.rows() == [ROWS[1], ROWS[3]]
 
 
+def test_rows_of_one_length_take_one_more_token_each():
+    batch = Batch.from_rows([[4, 5, 6], [7, 8, 9]], prompt_lengths=[2, 3])
+    longer = batch.followed_by(torch.tensor([1, 2])).followed_by(torch.tensor([3, 0]))
+    assert longer.rows() == [[4, 5, 6, 1, 3], [7, 8, 9, 2, 0]]
+    assert longer.lengths.tolist() == list(longer.row_lengths) == [5, 5]
+    assert longer.prompt_lengths.tolist() == [2, 3]
+
+
 @pytest.mark.parametrize("max_tokens", [1, 4, 6, 10, 1000])
 def test_chunks_partition_rows_within_the_limit(max_tokens):
     batch = Batch.from_rows(ROWS)
