@@ -265,22 +265,26 @@ __device__ inline void choose_acting(const GateWork& work, bool is_first) {
     }
 }
 
-// This thread's columns of a row of A times a key.
+// This thread's columns of a row of A times a key, eight by eight. Rows that do not allow wide accesses are added up in
+// the same order: the bits do not depend on the layout.
 template <class Key, class Weight>
-__device__ inline float multiply_row(const Weight* weights, const Key* key, std::int64_t n_fast, std::int64_t key_dim) {
+__device__ inline float multiply_row(const Weight* weights, const Key* key, bool is_wide, std::int64_t key_dim) {
     float sum = 0.0f;
 #pragma unroll 1
-    for (std::int64_t first = threadIdx.x * kEight; first < n_fast; first += kGateThreads * kEight) {
-        const Eight<Weight> some_weights = load_eight(weights + first);
-        const Eight<Key> some_keys = load_eight(key + first);
+    for (std::int64_t first = threadIdx.x * kEight; first < key_dim; first += kGateThreads * kEight) {
+        if (is_wide && first + kEight <= key_dim) {
+            const Eight<Weight> some_weights = load_eight(weights + first);
+            const Eight<Key> some_keys = load_eight(key + first);
 #pragma unroll
-        for (int i = 0; i < kEight; ++i) {
-            sum = __fmaf_rn(some_weights[i], some_keys[i], sum);
+            for (int i = 0; i < kEight; ++i) {
+                sum = __fmaf_rn(some_weights[i], some_keys[i], sum);
+            }
+            continue;
         }
-    }
 #pragma unroll 1
-    for (std::int64_t column = n_fast + threadIdx.x; column < key_dim; column += kGateThreads) {
-        sum = __fmaf_rn(widened(weights[column]), widened(key[column]), sum);
+        for (std::int64_t column = first; column < first + kEight && column < key_dim; ++column) {
+            sum = __fmaf_rn(widened(weights[column]), widened(key[column]), sum);
+        }
     }
     return sum;
 }
@@ -296,9 +300,9 @@ __device__ inline void project_inner(const GateWork& work, const KeyRows<Key>& k
             continue;
         }
         const GateEntry& entry = entry_of(work, acting);
-        const std::int64_t n_fast = columns_in_eights(keys.sixteen_bytes && entry.wide_a, work.key_dim);
         const Weight* const weights = static_cast<const Weight*>(entry.adapter.a) + row * entry.adapter.a_stride;
-        const float sum = warp_sum(multiply_row(weights, keys.data + token * keys.row_stride, n_fast, work.key_dim));
+        const float sum = warp_sum(multiply_row(weights, keys.data + token * keys.row_stride,
+                                                keys.sixteen_bytes && entry.wide_a, work.key_dim));
         if (lane == 0) {
             shared.sums[warp][0] = sum;
         }

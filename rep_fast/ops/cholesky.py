@@ -155,7 +155,7 @@ def factorise(matrix: Tensor, *, shift: float, precision: str) -> tuple[Factor |
         return None, pivot
     # a pivot at rounding size means rank deficiency that rounding happened to lift above zero
     smallest, index = lower.diagonal().square().min(dim=0)
-    if float(smallest) <= max(8.0, math.sqrt(matrix.shape[0])) * torch.finfo(dtype).eps:
+    if float(smallest) <= max(16.0, math.sqrt(matrix.shape[0])) * torch.finfo(dtype).eps:
         return None, int(index)
     return Factor(lower, scale), -1
 
