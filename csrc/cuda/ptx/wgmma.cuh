@@ -25,6 +25,13 @@
 
 namespace rep_fast::cuda::ptx {
 
+// Whether this is code for sm_90a, the only one that has these instructions.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(REP_FAST_CUDA_ON_CPU)
+inline constexpr bool kHasWgmma = true;
+#else
+inline constexpr bool kHasWgmma = false;
+#endif
+
 // How wgmma finds a matrix: rows of 128 bytes as `copy_box` leaves them, of which it takes 32. Groups of eight rows lie
 // 1024 bytes apart. The next columns begin 32 bytes on: the swizzle is one of addresses.
 //   bits 0–13 address / 16; 16–29 leading offset / 16, without meaning here; 32–45 offset of the next eight rows / 16;
