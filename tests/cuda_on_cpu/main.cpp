@@ -19,6 +19,7 @@ int main(int argc, char** argv) {
     test_number();
     test_packed_scores();
     test_quantised_rows();
+    test_transposed_products();
     test_triangular_solve();
     test_whitened_topk();
     std::printf("cuda on cpu: passed\n");
