@@ -11,6 +11,7 @@ int main(int argc, char** argv) {
     }
     test_executor();
     test_accumulate_moment();
+    test_accumulate_moment_sm90a();
     test_hopper_instructions();
     test_fused_scan();
     test_fused_scan_int8();

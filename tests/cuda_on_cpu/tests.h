@@ -2,6 +2,7 @@
 #pragma once
 
 void test_accumulate_moment();
+void test_accumulate_moment_sm90a();
 void test_executor();
 void test_fused_scan();
 void test_fused_scan_int8();

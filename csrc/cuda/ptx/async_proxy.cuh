@@ -4,7 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
+#include "cuda/ptx/wide_access.cuh"
 
 #ifdef REP_FAST_CUDA_ON_CPU
 #include <cstring>
@@ -16,9 +16,7 @@ namespace rep_fast::cuda::ptx {
 
 // Nobody sees the store before the fence.
 inline void store_16(void* shared, const uint4& value) {
-    if (cuda_on_cpu::shared_offset(shared) % sizeof(uint4) != 0) {
-        throw cuda_on_cpu::ExecutionError("st.shared: the address is not a multiple of 16");
-    }
+    detail::check_multiple(shared, 16);
     cuda_on_cpu::work_later([=] { std::memcpy(shared, &value, sizeof(uint4)); });
 }
 inline void fence_async_proxy() {
