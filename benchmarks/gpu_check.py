@@ -41,6 +41,7 @@ _OFFLINE = {
 }
 _OP_TESTS = HERE.parent / "tests" / "ops"
 _FUSED_TESTS = _OP_TESTS / "test_scan_fused.py"
+_WGMMA_TESTS = _OP_TESTS / "test_moment_wgmma.py"
 _PYTEST = ("-m", "pytest", "-n0", "-q", "-o", "addopts=--strict-markers", "-k", "cuda and not cpu")
 
 
@@ -81,28 +82,34 @@ def stages() -> list[Stage]:
     python = sys.executable
     measured = (
         ("ceilings", 15.0),
-        ("whitened_topk", 50.0),
+        ("whitened_topk", 45.0),
         ("gated_adapter", 20.0),
         ("accumulate_moment", 15.0),
         ("packed_scores", 15.0),
-        ("spd_solver", 25.0),
-        ("fused_scan", 30.0),
+        ("spd_solver", 20.0),
+        ("fused_scan", 25.0),
+        ("wgmma_moment", 15.0),
     )
     sanitize = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     sanitized = [
-        Stage(f"{prefix}{tool}", (*sanitize, tool, python, _STAGES_FILE, f"{prefix}small"), 30.0)
-        for prefix, tool in (*(("", own) for own in _SANITIZERS), ("fused_", "memcheck"))
+        Stage(f"{prefix}{tool}", (*sanitize, tool, python, _STAGES_FILE, f"{prefix}small"), 25.0)
+        for prefix, tool in (*(("", own) for own in _SANITIZERS), ("fused_", "memcheck"), ("wgmma_", "memcheck"))
     ]
     return [
         Stage(
-            "build", (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(HERE.parent)), 115
+            "build", (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(HERE.parent)), 110
         ),
-        # the fused scan apart: blocks that wait for each other wrongly would wait for ever
-        Stage("tests", (python, *_PYTEST, f"--ignore={_FUSED_TESTS}", str(_OP_TESTS)), 70.0),
+        # the bodies for Hopper apart: warps that wait for each other wrongly would wait for ever
+        Stage(
+            "tests",
+            (python, *_PYTEST, f"--ignore={_FUSED_TESTS}", f"--ignore={_WGMMA_TESTS}", str(_OP_TESTS)),
+            65.0,
+        ),
         Stage("fused_tests", (python, *_PYTEST, str(_FUSED_TESTS)), 15.0),
+        Stage("wgmma_tests", (python, *_PYTEST, str(_WGMMA_TESTS)), 10.0),
         *(Stage(name, (python, _STAGES_FILE, name), seconds) for name, seconds in measured),
         *sanitized,
-        Stage("end_to_end", (python, _STAGES_FILE, "end_to_end"), 80.0),
+        Stage("end_to_end", (python, _STAGES_FILE, "end_to_end"), 75.0),
     ]
 
 

@@ -200,10 +200,10 @@ def fused_scan() -> None:
 
 
 def is_hopper() -> bool:
-    """Whether the fused scan runs here; told where it does not."""
+    """Whether the bodies for Hopper run here; told where they do not."""
     is_there = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
     if not is_there:
-        print("the fused scan needs a GPU of sm_90")
+        print("what is measured here needs a GPU of sm_90")
     return is_there
 
 
@@ -245,21 +245,48 @@ def gates() -> None:
         )
 
 
+def moment_by(body: str, total: MomentSum, keys: Tensor, **options: Any) -> MomentSum:
+    """Tokens added to a second moment by one of its bodies: "mma", "wgmma128" or "wgmma192"."""
+    os.environ["REP_FAST_GPU_MOMENT"] = body
+    return accumulate_moment(total, keys, **options)
+
+
+def moment_case(key_dim: int, ceiling: float, *bodies: str) -> None:
+    """Bodies beside a library product that is then added to a float32 sum, and one that adds as it goes."""
+    keys = torch.randn(SIZES.moment_tokens, key_dim, device=DEVICE).bfloat16()
+    total = MomentSum.zeros(key_dim, device=DEVICE)
+    float32 = torch.zeros(key_dim, key_dim, device=DEVICE)
+    want = keys[:, :64].double().T @ keys.double()
+    for body in bodies:
+        found = moment_by(body, MomentSum.zeros(key_dim, device=DEVICE), keys).lower[:, :64].tril()
+        assert torch.allclose(found, want.T.tril(), rtol=1e-4, atol=1.0), body
+    *ours, product, addmm = seconds(
+        *(partial(moment_by, body, total, keys) for body in bodies),
+        lambda: float32.add_(torch.mm(keys.T, keys, out_dtype=torch.float32)),
+        lambda: torch.addmm(float32, keys.T, keys, out_dtype=torch.float32),
+    )
+    case = f"{len(keys)} tokens, M {key_dim}"
+    for body, own in zip(bodies, ours, strict=True):
+        rate = len(keys) * key_dim * (key_dim + 1) / own
+        row(f"{body}, {case}", 1e3 * own, "ms", peer=1e3 * min(product, addmm), share=rate / ceiling)
+    row(f"torch product and sum, {case}", 1e3 * product, "ms")
+    row(f"torch addmm, {case}", 1e3 * addmm, "ms")
+
+
 def moment_sums() -> None:
-    """Tokens added to a second moment, beside a library product added to a float32 sum."""
+    """Tokens added to a second moment by the body that serves."""
     ceiling = bf16_rate()
     for key_dim in SIZES.key_dims:
-        keys = torch.randn(SIZES.moment_tokens, key_dim, device=DEVICE).bfloat16()
-        total = MomentSum.zeros(key_dim, device=DEVICE)
-        float32 = torch.zeros(key_dim, key_dim, device=DEVICE)
-        want = keys[:, :64].double().T @ keys.double()
-        assert torch.allclose(accumulate_moment(total, keys).lower[:, :64].tril(), want.T.tril(), rtol=1e-4, atol=1.0)
-        ours, peer = seconds(
-            lambda total=total, keys=keys: accumulate_moment(total, keys),
-            lambda float32=float32, keys=keys: float32.add_(torch.mm(keys.T, keys, out_dtype=torch.float32)),
-        )
-        rate = len(keys) * key_dim * (key_dim + 1) / ours
-        row(f"{len(keys)} tokens, M {key_dim}", 1e3 * ours, "ms", peer=1e3 * peer, share=rate / ceiling)
+        moment_case(key_dim, ceiling, "mma")
+
+
+def wgmma_moment() -> None:
+    """All bodies of the second moment side by side: which of them should serve?"""
+    if not is_hopper():
+        return
+    ceiling = bf16_rate()
+    for key_dim in SIZES.key_dims:
+        moment_case(key_dim, ceiling, "mma", "wgmma128", "wgmma192")
 
 
 def scores() -> None:
@@ -316,11 +343,11 @@ def random_adapter(key_dim: int, gate_hidden: int, dtype: torch.dtype, seed: int
     return AdapterWeights(*(part.to(dtype) for part in (*drawn, torch.full((1,), -4.0, device=DEVICE))))
 
 
-def small_moment() -> None:
+def small_moment(body: str = "mma", width: int = 72) -> None:
     """Keys with a token that does not count, beside float64."""
-    keys = torch.randn(700, 72, device=DEVICE).bfloat16()
+    keys = torch.randn(700, width, device=DEVICE).bfloat16()
     keys[5, 3] = torch.nan
-    found = accumulate_moment(MomentSum.zeros(72, device=DEVICE), keys, nonfinite="exclude").lower
+    found = moment_by(body, MomentSum.zeros(width, device=DEVICE), keys, nonfinite="exclude").lower
     wide = torch.cat([keys[:5], keys[6:]]).double()
     torch.testing.assert_close(found.tril(), (wide.T @ wide).tril(), rtol=1e-4, atol=1e-2)
 
@@ -379,6 +406,15 @@ def fused_small() -> None:
         assert inputs.is_exact(scan_by("fused", *operands, 10, exclusion=rule, precision=precision).ids.cpu()), (
             precision
         )
+
+
+def wgmma_small() -> None:
+    """The second moment by the bodies for Hopper, for compute-sanitizer; more stages than their rings have, and tiles
+    on and below the diagonal."""
+    if not is_hopper():
+        return
+    for body in ("wgmma128", "wgmma192"):
+        small_moment(body, width=400)
 
 
 def timed(case: str, run: Callable[[], Any], *, work: int = 0) -> Any:
@@ -466,11 +502,13 @@ STAGES: dict[str, Callable[[], None]] = {
     "fused_scan": fused_scan,
     "gated_adapter": gates,
     "accumulate_moment": moment_sums,
+    "wgmma_moment": wgmma_moment,
     "packed_scores": scores,
     "spd_solver": solves,
     "end_to_end": end_to_end,
     "small": small,
     "fused_small": fused_small,
+    "wgmma_small": wgmma_small,
 }
 
 if __name__ == "__main__":

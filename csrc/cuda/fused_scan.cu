@@ -31,17 +31,12 @@ namespace rep_fast::cuda {
 namespace {
 
 constexpr std::int32_t kMoreThanAnyList = std::numeric_limits<std::int32_t>::max();
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(REP_FAST_CUDA_ON_CPU)
-constexpr bool kHasProduct = true;
-#else
-constexpr bool kHasProduct = false;
-#endif
 
 template <class Product, int kQueries, int kStages>
 __global__ void __launch_bounds__(kFusedThreads, 1)
     fused_scan_kernel(const __grid_constant__ ptx::TensorMap keys, const __grid_constant__ ptx::TensorMap queries,
                       const __grid_constant__ FusedShape shape) {
-    if constexpr (kHasProduct) {
+    if constexpr (ptx::kHasWgmma) {
         auto& shared = shared_as<FusedShared<kQueries, kStages>>();
         if (threadIdx.x == 0) {
             for (int stage = 0; stage < kStages; ++stage) {
@@ -86,7 +81,7 @@ __global__ void __launch_bounds__(kSelectionThreads)
             limit.step = query_steps != nullptr ? query_steps[query] : 0.0f;
         }
         // without a product nothing is known of any key
-        scratch.counts[query] = kHasProduct ? 0 : kMoreThanAnyList;
+        scratch.counts[query] = ptx::kHasWgmma ? 0 : kMoreThanAnyList;
     }
     scratch.limits[query] = limit;
 }

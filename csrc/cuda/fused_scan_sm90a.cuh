@@ -17,15 +17,14 @@
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/ptx/wgmma_int8.cuh"
+#include "cuda/stage_ring.cuh"
 #include "cuda/warp_sum.cuh"
 
 namespace rep_fast::cuda {
 
 inline constexpr float kFloatInfinity = std::numeric_limits<float>::infinity();
 inline constexpr int kKeys = 128;  // of a tile: two warpgroups of wgmma's 64 rows
-inline constexpr int kGroupKeys = 64;
-inline constexpr int kGroupThreads = 128;
-inline constexpr int kMultiplyingThreads = kKeys / kGroupKeys * kGroupThreads;
+inline constexpr int kMultiplyingThreads = kKeys / kGroupRows * kGroupThreads;
 inline constexpr int kMultiplyingWarps = kMultiplyingThreads / kLanes;
 inline constexpr int kFusedThreads = kMultiplyingThreads + kLanes;
 
@@ -59,24 +58,6 @@ struct FusedShared {
     std::uint64_t released[kStages];
     static_assert(kQueries % 8 == 0 && kQueries <= 256, "wgmma's columns, and the rows of a box");
 };
-
-// Place in the ring of stages; the parity is that of the stage's phase under way.
-template <int kStages>
-struct Turn {
-    int stage = 0;
-    unsigned parity = 0;
-    __device__ void advance() {
-        if (++stage == kStages) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-__device__ inline void wait_for(std::uint64_t& barrier, unsigned parity) {
-    while (!ptx::mbarrier_try_wait_parity(&barrier, parity)) {
-    }
-}
 
 // One thread keeps the ring full.
 template <int kColumns, int kQueries, int kStages>
@@ -134,19 +115,11 @@ __device__ inline void add_squares(const unsigned char* group_keys, float (&squa
     }
 }
 
-// The warp has read the stage; its copies may be overwritten when all warps have.
-__device__ inline void release(std::uint64_t& barrier) {
-    __syncwarp();
-    if (threadIdx.x % kLanes == 0) {
-        ptx::mbarrier_arrive(&barrier);
-    }
-}
-
 // The sums of one tile and, of bfloat16 keys, their squares.
 template <class Sum, int kQueries, int kStages>
 __device__ inline void multiply_tile(const FusedShape& shape, FusedShared<kQueries, kStages>& shared,
                                      Turn<kStages>& turn, Sum (&sums)[kQueries / 2], float (&squares)[2]) {
-    const unsigned group_begin = threadIdx.x / kGroupThreads * kGroupKeys * ptx::kBoxRowBytes;
+    const unsigned group_begin = threadIdx.x / kGroupThreads * kGroupRows * ptx::kBoxRowBytes;
     const int n_steps = shape.n_parts * shape.n_steps, first_measured = n_steps - shape.n_steps;
     int before = -1;  // the stage whose products may still be under way
     for (int step = 0; step < n_steps; ++step) {

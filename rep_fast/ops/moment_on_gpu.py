@@ -1,14 +1,23 @@
-"""Second moments of 16-bit keys on a GPU: tokens that do not count are told apart there and skipped, not cut out."""
+"""Second moments of 16-bit keys on a GPU: tokens that do not count are told apart there and skipped, not cut out.
+
+The first body, "mma", serves until the others have been measured beside it. `REP_FAST_GPU_MOMENT=wgmma128` or
+`wgmma192` asks for the one that Hopper has, with tiles of so many columns; what it does not take is still served by the
+first.
+"""
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from rep_fast.ops.gpu_bodies import asked_gpu_body
 from rep_fast.ops.native import stream_number
+
+_TILE_COLUMNS = {"wgmma128": 128, "wgmma192": 192}
+BODIES = ("mma", *_TILE_COLUMNS)
 
 
 class UnreadTokens(NamedTuple):
@@ -43,5 +52,14 @@ def count_tokens(module: ModuleType, keys: Tensor, mask: Tensor | None) -> tuple
 
 
 def accumulate_on_gpu(module: ModuleType, lower: Tensor, keys: Tensor, counts: Tensor | None) -> None:
-    """lower += tril(Σ k kᵀ) over the tokens that count."""
-    module.accumulate_moment(keys=keys, counts=counts, total=lower, stream=stream_number(keys.device))
+    """lower += tril(Σ k kᵀ) over the tokens that count.
+
+    Raises:
+        BackendError: `REP_FAST_GPU_MOMENT` names no body, or one that this GPU does not have.
+    """
+    body = asked_gpu_body("REP_FAST_GPU_MOMENT", BODIES, keys.device)
+    given: dict[str, Any] = {"keys": keys, "counts": counts, "total": lower, "stream": stream_number(keys.device)}
+    if body in _TILE_COLUMNS and module.can_accumulate_by_wgmma(keys=keys):
+        module.accumulate_moment_by_wgmma(tile_columns=_TILE_COLUMNS[body], **given)
+    else:
+        module.accumulate_moment(**given)

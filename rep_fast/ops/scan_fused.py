@@ -7,14 +7,13 @@ keys it does not take are still served by the first.
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rep_fast.errors import BackendError
+from rep_fast.ops.gpu_bodies import asked_gpu_body
 from rep_fast.ops.scan_int8 import DitheredQueries, QuantisedKeys
 from rep_fast.ops.scan_products import PreparedQueries
 
@@ -25,7 +24,6 @@ _CHUNK_ROWS = 1 << 16
 _TILE_KEYS, _TILE_QUERIES = 128, 256
 _STAGED_BYTES = 1 << 28  # of a chunk that comes from the host
 _LIST_BYTES = 32 << 20
-_HOPPER = (9, 0)
 
 
 def is_fused_asked_for(device: torch.device) -> bool:
@@ -34,15 +32,7 @@ def is_fused_asked_for(device: torch.device) -> bool:
     Raises:
         BackendError: it names no body, or the fused one for a GPU that has none.
     """
-    name = os.environ.get("REP_FAST_GPU_SCAN", BODIES[0])
-    if name not in BODIES:
-        raise BackendError(f"REP_FAST_GPU_SCAN: must be one of {', '.join(BODIES)}, got {name!r}")
-    if name != "fused":
-        return False
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else _HOPPER
-    if (major, minor) != _HOPPER:
-        raise BackendError(f"REP_FAST_GPU_SCAN: 'fused' needs a GPU of sm_90, this is sm_{major}{minor}; unset it")
-    return True
+    return asked_gpu_body("REP_FAST_GPU_SCAN", BODIES, device) == "fused"
 
 
 class FusedChunks:

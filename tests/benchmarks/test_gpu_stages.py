@@ -31,6 +31,11 @@ def widened_product(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None, 
     return product if out is None else out.copy_(product)
 
 
+def widened_sum(total: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """torch.addmm as GPUs have it."""
+    return total + widened_product(a, b, out_dtype)
+
+
 @pytest.fixture
 def stages(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     script = load_script("gpu_stages")
@@ -45,9 +50,11 @@ def stages(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(script, "graphed", lambda run: run)
     monkeypatch.setattr(script, "seconds", lambda *runs, **_: [1.0 for run in runs if run() is not run])
     monkeypatch.setattr(torch, "mm", widened_product)
+    monkeypatch.setattr(torch, "addmm", widened_sum)
     monkeypatch.setattr(scan_fused, "_OPENING_ROWS", 40)
     # set by the stages
     monkeypatch.setenv("REP_FAST_GPU_SCAN", "product")
+    monkeypatch.setenv("REP_FAST_GPU_MOMENT", "mma")
     for op, names in OPS.items():
         for name in names:
             serve_by_executor(monkeypatch, op, name)
@@ -56,7 +63,7 @@ def stages(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyP
 
 STAGES = (
     "ceilings", "whitened_topk", "fused_scan", "gated_adapter", "accumulate_moment", "packed_scores", "spd_solver",
-    "end_to_end", "small", "fused_small",
+    "wgmma_moment", "end_to_end", "small", "fused_small", "wgmma_small",
 )  # fmt: skip
 
 

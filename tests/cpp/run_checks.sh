@@ -84,26 +84,27 @@ check_cuda() { # directory
     done < <(find "$1" -name '*.cu.o')
     [ $failed = 0 ] || return 1
     echo "cuda: no kernel uses local memory"
-    check_hopper_code "$(find "$1" -name 'fused_scan.cu.o')"
+    check_hopper_code "$(find "$1" -name 'fused_scan.cu.o')" fused_scan_kernel
+    check_hopper_code "$(find "$1" -name 'accumulate_moment_sm90a.cu.o')" moment_sm90a_kernel
 }
 
-# The fused scan is written for sm_90a: its products are wgmma's, its tiles come by the copy engine.
-check_hopper_code() { # object
+# What is written for sm_90a: products are wgmma's, tiles come by the copy engine.
+check_hopper_code() { # object, kernel
     if ! command -v nvdisasm >/dev/null; then
-        echo "-- instructions of the fused scan not looked at: nvdisasm is not installed"
+        echo "-- instructions of $2 not looked at: nvdisasm is not installed"
         return 0
     fi
     local missing
-    missing=$(cuobjdump -sass -arch sm_90a "$1" | awk '
-        /Function :/ { name = $3; if (name ~ /fused_scan_kernel/) { wanted[name] = 1; n += 1 } }
+    missing=$(cuobjdump -sass -arch sm_90a "$1" | awk -v kernel="$2" '
+        /Function :/ { name = $3; if (name ~ kernel) { wanted[name] = 1; n += 1 } }
         /HGMMA|IGMMA/ { has_product[name] = 1 }
         /UTMALDG/ { has_copy[name] = 1 }
         END { if (n == 0) print "any"; for (name in wanted) if (!(has_product[name] && has_copy[name])) print name }')
     if [ -n "$missing" ]; then
-        echo "HGMMA (IGMMA for int8) or UTMALDG are missing in the sm_90a code of fused_scan_kernel: $missing" >&2
+        echo "HGMMA (IGMMA for int8) or UTMALDG are missing in the sm_90a code of $2: $missing" >&2
         return 1
     fi
-    echo "cuda: the fused scan multiplies by HGMMA and IGMMA and copies by UTMALDG"
+    echo "cuda: $2 multiplies by HGMMA or IGMMA and copies by UTMALDG"
 }
 
 if command -v nvcc >/dev/null; then

@@ -11,6 +11,7 @@ int main(int argc, char** argv) {
     }
     test_executor();
     test_accumulate_moment();
+    test_accumulate_moment_sm90a();
     test_hopper_instructions();
     test_fused_scan();
     test_fused_scan_int8();
@@ -19,6 +20,7 @@ int main(int argc, char** argv) {
     test_number();
     test_packed_scores();
     test_quantised_rows();
+    test_transposed_products();
     test_triangular_solve();
     test_whitened_topk();
     std::printf("cuda on cpu: passed\n");

@@ -1,9 +1,7 @@
 // Second moments against float64, over sizes around the tiles, with tokens that do not count.
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -11,6 +9,7 @@
 #include "cuda/accumulate_moment.h"
 #include "executor.h"
 #include "guarded.h"
+#include "moment_problem.h"
 #include "tests.h"
 
 namespace {
@@ -20,107 +19,35 @@ using rep_fast::DType;
 using rep_fast::Float16;
 namespace cuda = rep_fast::cuda;
 
-struct Shape {
-    std::int64_t n_tokens, key_dim, padding;
-    bool aligned;
-};
-
 template <class Key>
-Key key_of(float value) {
-    if constexpr (std::is_same_v<Key, Float16>) {
-        return {__builtin_bit_cast(std::uint16_t, static_cast<_Float16>(value))};
-    } else {
-        return {static_cast<std::uint16_t>(__builtin_bit_cast(std::uint32_t, value) >> 16)};
-    }
+void run(MomentProblem<Key>& problem, bool with_counts) {
+    cuda::accumulate_moment(problem.on_device(), with_counts ? problem.counts.data() : nullptr, problem.total.data(),
+                            problem.total_stride, nullptr);
 }
 
 template <class Key>
-struct Problem {
-    Shape shape;
-    std::int64_t stride;
-    Guarded<Key> keys;
-    Guarded<bool> counts;
-    std::int64_t total_stride;
-    Guarded<double> total;
-
-    // Padding is NaN, and so are the tokens that do not count.
-    Problem(const Shape& shape_, double share, unsigned seed)
-        : shape(shape_),
-          stride(shape.key_dim + shape.padding),
-          keys(static_cast<std::size_t>((shape.n_tokens - 1) * stride + shape.key_dim), shape.aligned),
-          counts(static_cast<std::size_t>(shape.n_tokens)),
-          total_stride(shape.key_dim + 1),
-          total(static_cast<std::size_t>((shape.key_dim - 1) * total_stride + shape.key_dim)) {
-        std::mt19937 random(seed);
-        std::normal_distribution<float> normal(0.3f, 1.0f);
-        for (std::int64_t t = 0; t < shape.n_tokens; ++t) {
-            counts[static_cast<std::size_t>(t)] = std::bernoulli_distribution(share)(random);
-            for (std::int64_t i = 0; counts[static_cast<std::size_t>(t)] && i < shape.key_dim; ++i) {
-                keys[static_cast<std::size_t>(t * stride + i)] = key_of<Key>(normal(random));
-            }
-        }
-        for (double& entry : total) {
-            entry = 1e5;
-        }
-    }
-
-    [[nodiscard]] cuda::MomentKeys on_device() const {
-        return {keys.data(), rep_fast::dtype_of<Key>, shape.n_tokens, shape.key_dim, stride};
-    }
-
-    void run(bool with_counts) {
-        cuda::accumulate_moment(on_device(), with_counts ? counts.data() : nullptr, total.data(), total_stride,
-                                nullptr);
-    }
-
-    [[nodiscard]] double key(std::int64_t t, std::int64_t i) const {
-        return static_cast<double>(rep_fast::to_float(keys[static_cast<std::size_t>(t * stride + i)]));
-    }
-
-    void expect_reference() const {
-        const double eps = static_cast<double>(cuda::kMomentChain / 16 + 16) * 0x1p-23 +
-                           static_cast<double>(cuda::kMomentTokens / cuda::kMomentChain) * 0x1p-24;
-        for (std::int64_t i = 0; i < shape.key_dim; ++i) {
-            for (std::int64_t j = 0; j < shape.key_dim; ++j) {
-                double wanted = 1e5, size = 0.0;
-                for (std::int64_t t = 0; j <= i && t < shape.n_tokens; ++t) {
-                    if (counts[static_cast<std::size_t>(t)]) {
-                        wanted += key(t, i) * key(t, j);
-                        size += std::abs(key(t, i) * key(t, j));
-                    }
-                }
-                const double got = total[static_cast<std::size_t>(i * total_stride + j)];
-                EXPECT(std::abs(got - wanted) <= eps * size + 1e-10);
-            }
-            // what lies behind a row of the total is not ours
-            EXPECT(i + 1 == shape.key_dim || total[static_cast<std::size_t>(i * total_stride + shape.key_dim)] == 1e5);
-        }
-    }
-};
-
-template <class Key>
 void test_sums_are_those_of_float64() {
-    const Shape shapes[] = {
+    const MomentSize sizes[] = {
         {1, 1, 0, false}, {33, 128, 0, true}, {31, 129, 7, true}, {96, 17, 2, false}, {40, 260, 4, true}};
     unsigned seed = 0;
-    for (const Shape& shape : shapes) {
+    for (const MomentSize& size : sizes) {
         cuda_on_cpu::set_seed(++seed);
-        Problem<Key> all(shape, 1.0, seed);
-        all.run(false);
+        MomentProblem<Key> all(size, 1.0, seed);
+        run(all, false);
         all.expect_reference();
-        Problem<Key> some(shape, 0.6, seed);
-        some.run(true);
+        MomentProblem<Key> some(size, 0.6, seed);
+        run(some, true);
         some.expect_reference();
     }
 }
 
 // One token more than float32 holds, all of one sign: what is cut off would add up.
 void test_long_sums_are_cut_short() {
-    Problem<BFloat16> problem({cuda::kMomentTokens + 1, 3, 5, true}, 1.0, 7);
-    for (std::int64_t t = 0; t < problem.shape.n_tokens; ++t) {
+    MomentProblem<BFloat16> problem({cuda::kMomentTokens + 1, 3, 5, true}, 1.0, 7);
+    for (std::int64_t t = 0; t < problem.size.n_tokens; ++t) {
         problem.keys[static_cast<std::size_t>(t * problem.stride + 1)] = key_of<BFloat16>(1.0f + 0x1p-7f);
     }
-    problem.run(false);
+    run(problem, false);
     problem.expect_reference();
 }
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_bodies import needs_gpu, serve_by_executor
-from torch import Tensor
+from moment_checks import HALVES, assert_is_moment, random_keys
 
 from rep_fast.errors import NonFiniteError
 from rep_fast.ops import MomentSum, accumulate_moment, profile
 
-HALVES = (torch.bfloat16, torch.float16)
 # (tokens, width): ones, primes, beside the tile of 128 and the chain of 512 tokens
 SHAPES = ((1, 1), (3, 47), (63, 129), (515, 17))
 
@@ -23,19 +22,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         return torch.device("cuda")
     serve_by_executor(monkeypatch, "accumulate_moment")
     return torch.device("cpu")
-
-
-def random_keys(n: int, width: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(n)).to(dtype)
-
-
-def assert_is_moment(total: MomentSum, before: Tensor, keys: Tensor) -> None:
-    """Chains of 512 tokens on the tensor cores, which cut off, 4096 tokens in float32: (512 / 16 + 16) · 2⁻²³ and
-    8 · 2⁻²⁴ of Σ|k_i k_j|."""
-    wide = keys.double()
-    error = (total.lower.cpu() - before - wide.T @ wide).tril().abs()
-    bound = (48 * 2.0**-23 + 8 * 2.0**-24) * (wide.abs().T @ wide.abs()) + 2.0**-50 * before.abs()
-    assert bool((error <= bound).all())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -25,6 +25,13 @@
 
 namespace rep_fast::cuda::ptx {
 
+// Whether this is code for sm_90a, the only one that has these instructions.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(REP_FAST_CUDA_ON_CPU)
+inline constexpr bool kHasWgmma = true;
+#else
+inline constexpr bool kHasWgmma = false;
+#endif
+
 // How wgmma finds a matrix: rows of 128 bytes as `copy_box` leaves them, of which it takes 32. Groups of eight rows lie
 // 1024 bytes apart. The next columns begin 32 bytes on: the swizzle is one of addresses.
 //   bits 0–13 address / 16; 16–29 leading offset / 16, without meaning here; 32–45 offset of the next eight rows / 16;
@@ -83,18 +90,26 @@ void read_row(std::uint64_t descriptor, unsigned row, double (&columns)[kColumns
     }
 }
 
-template <class Of>
+// Operands with k along their rows; `wgmma_transposed.cuh` has the others.
+struct AlongRows {
+    template <class Of, std::size_t kColumns>
+    static void read(std::uint64_t descriptor, unsigned row, double (&columns)[kColumns]) {
+        read_row<Of>(descriptor, row, columns);
+    }
+};
+
+template <class Of, class Layout>
 void multiply_rows(std::vector<std::uint32_t>& words, std::uint64_t a, std::uint64_t b, bool accumulates) {
     using Sum = typename Of::Sum;
     constexpr std::size_t kDepth = kProductBytes / sizeof(typename Of::Element);
     const unsigned thread = cuda_on_cpu::thread_index().x;
     const unsigned warp = thread / 32 % 4, g = thread % 32 / 4, t = thread % 4;
     double rows[2][kDepth], column[kDepth];
-    read_row<Of>(a, 16 * warp + g, rows[0]);
-    read_row<Of>(a, 16 * warp + g + 8, rows[1]);
+    Layout::template read<Of>(a, 16 * warp + g, rows[0]);
+    Layout::template read<Of>(a, 16 * warp + g + 8, rows[1]);
     for (unsigned j = 0; j < words.size() / 4; ++j) {
         for (unsigned c = 0; c < 2; ++c) {
-            read_row<Of>(b, 8 * j + 2 * t + c, column);
+            Layout::template read<Of>(b, 8 * j + 2 * t + c, column);
             for (unsigned h = 0; h < 2; ++h) {
                 std::uint32_t& word = words[4 * j + 2 * h + c];
                 double sum = accumulates ? static_cast<double>(cuda_on_cpu::from_word<Sum>(word)) : 0.0;
@@ -108,7 +123,7 @@ void multiply_rows(std::vector<std::uint32_t>& words, std::uint64_t a, std::uint
 }
 
 // The registers hold nothing of use until the product has been waited for.
-template <class Of, int kCount>
+template <class Of, class Layout = AlongRows, int kCount>
 void multiply_later(typename Of::Sum (&sums)[kCount], std::uint64_t a, std::uint64_t b, bool accumulates) {
     WarpgroupNotes& notes = warpgroup_notes();
     if (!notes.hidden.contains(sums)) {
@@ -124,7 +139,7 @@ void multiply_later(typename Of::Sum (&sums)[kCount], std::uint64_t a, std::uint
     std::fill(sums, sums + kCount, cuda_on_cpu::from_word<typename Of::Sum>(Of::kHidden));
     cuda_on_cpu::work_later([&notes, registers = &sums[0], a, b, accumulates] {
         HiddenSums& hidden = notes.hidden[registers];
-        multiply_rows<Of>(hidden.words, a, b, accumulates);
+        multiply_rows<Of, Layout>(hidden.words, a, b, accumulates);
         if (--hidden.n_products == 0) {
             std::memcpy(registers, hidden.words.data(), kCount * sizeof(std::uint32_t));
             notes.hidden.erase(registers);

@@ -1,5 +1,5 @@
-// Accesses of 16 and 8 bytes, one instruction each (ld.v4.b32, st.v2.b32): a device stops at an address that is not a
-// multiple of the size.
+// Accesses of 16 and 8 bytes, one instruction each (ld.v4.b32, st.v2.b32, ld.v2.f64, st.v2.f64): a device stops at an
+// address that is not a multiple of the size.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,6 +26,14 @@ inline void store_8(void* to, uint2 words) {
     detail::check_multiple(to, 8);
     *static_cast<uint2*>(to) = words;
 }
+inline double2 load_pair(const double* from) {
+    detail::check_multiple(from, 16);
+    return *reinterpret_cast<const double2*>(from);
+}
+inline void store_pair(double* to, const double2& pair) {
+    detail::check_multiple(to, 16);
+    *reinterpret_cast<double2*>(to) = pair;
+}
 
 #else
 
@@ -34,6 +42,12 @@ __device__ inline uint4 load_16(const void* from) {
 }
 __device__ inline void store_8(void* to, uint2 words) {
     *static_cast<uint2*>(to) = words;
+}
+__device__ inline double2 load_pair(const double* from) {
+    return *reinterpret_cast<const double2*>(from);
+}
+__device__ inline void store_pair(double* to, const double2& pair) {
+    *reinterpret_cast<double2*>(to) = pair;
 }
 
 #endif
