@@ -47,8 +47,11 @@ def test_other_sites_follow_the_definition(
     """MEMIT's and PMET's sites, targets read after any layer from the edited one on."""
     hparams = dataclasses.replace(HPARAMS, v_loss_layer=loss_layer)
     settings = {"layer": 1, "templates": TEMPLATES, "hparams": hparams, "sites": sites}
-    fast = optimise_value(tiny_lm64, FACT, **settings)
-    plain = optimise_value_plainly(tiny_lm64, FACT, **settings)
+    # read right after the edited layer only answers at the subject itself depend on the value: elsewhere the gradient
+    # would be rounding, which Adam makes as large as any other
+    fact = Fact("The continent of {}", "Slovenia", "Antarctica") if loss_layer == 1 else FACT
+    fast = optimise_value(tiny_lm64, fact, **settings)
+    plain = optimise_value_plainly(tiny_lm64, fact, **settings)
     torch.testing.assert_close(fast.deltas, plain.deltas, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(fast.losses, plain.losses, rtol=1e-9, atol=0)
     torch.testing.assert_close(fast.v_star, plain.v_star, rtol=1e-9, atol=1e-12)

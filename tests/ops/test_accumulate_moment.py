@@ -96,7 +96,8 @@ def test_padded_rows_columns_and_mask(level: str, dtype: torch.dtype) -> None:
     assert masked.count == int(mask.sum())
     assert_is_moment(masked.lower, torch.zeros(51, 51, dtype=torch.float64), keys[mask])
     accumulate_moment(transposed, keys.T.contiguous().T)
-    assert torch.equal(transposed.lower.tril(), total.lower.tril())
+    # within the bound, not bit for bit: the library's products of float64 keys depend on the layout
+    assert_is_moment(transposed.lower, torch.zeros(51, 51, dtype=torch.float64), keys)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
