@@ -33,8 +33,8 @@ void test_tokens_are_adapted() {
         {2, 2059, {5}, {2}, DType::kBFloat16, DType::kFloat32, 5},  // a second round of columns, and a rest
         {1, 8, {300}, {1}},                                         // more tiles of hidden rows than a warp has lanes
         {2, 8, {140}, {2}},
-        {3, 12, {5}, {2}, DType::kFloat32, DType::kBFloat16},  // rows of keys allow 16-byte accesses, those of W1 do
-                                                               // not
+        {100, 3, {2}, {1}},                                    // pieces of scratch longer than their alignment
+        {3, 12, {5}, {2}, DType::kFloat32, DType::kBFloat16},  // 16-byte accesses to keys, but not to W1
     };
     unsigned seed = 1;
     for (const Case& shape : cases) {

@@ -49,15 +49,19 @@ void test_the_largest_of_many() {
 void test_ties() {
     Problem problem({1, 8, {4, 4}, {2, 2}}, 9);
     Adapter &first = problem.adapters[0], &second = problem.adapters[1];
-    second.threshold = first.threshold;
     for (const auto part : {&Adapter::a, &Adapter::b, &Adapter::w1, &Adapter::b1, &Adapter::w2, &Adapter::b2}) {
         std::memcpy((second.*part).bytes.data(), (first.*part).bytes.data(), (first.*part).bytes.size());
+        (second.*part).values = (first.*part).values;
     }
-    const Found both = run(problem, Composition::kArgmax);
-    EXPECT(both.logits[0] == both.logits[1] && both.opened[0] && !both.opened[1]);
-    first.threshold = second.threshold = both.logits[0];
-    const Found none = run(problem, Composition::kArgmax);
-    EXPECT(!none.opened[0] && !none.opened[1]);
+    const float threshold = first.threshold;
+    for (const bool with_products : {false, true}) {
+        first.threshold = second.threshold = threshold;
+        const Found both = run(problem, Composition::kArgmax, with_products);
+        EXPECT(both.logits[0] == both.logits[1] && both.opened[0] && !both.opened[1]);
+        first.threshold = second.threshold = both.logits[0];
+        const Found none = run(problem, Composition::kArgmax, with_products);
+        EXPECT(!none.opened[0] && !none.opened[1]);
+    }
 }
 
 // Gates without a threshold open on any logit. One of them acts, the first whose logit is NaN, if there is one.

@@ -1,4 +1,5 @@
 // Sums of absolute products against float64, over sizes around the tiles.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -76,7 +77,7 @@ struct Problem {
 void test_sums_are_those_of_float64() {
     const Shape shapes[] = {{1, 1, 1, 0, false},     {17, 129, 5, 1, false}, {16, 128, 128, 0, true},
                             {33, 300, 130, 4, true}, {3, 7, 257, 2, true},   {40, 127, 129, 0, false},
-                            {0, 5, 3, 0, true},      {2, 0, 3, 0, false}};
+                            {5, 127, 131, 1, true},  {0, 5, 3, 0, true},     {2, 0, 3, 0, false}};
     unsigned seed = 0;
     for (const Shape& shape : shapes) {
         Problem problem(shape, ++seed);
@@ -100,10 +101,23 @@ void test_a_block_takes_several_tiles() {
     problem.expect_reference(problem.run());
 }
 
+// What a thread hands on from its first tile is 2²⁴, to which float32 could not add the 1 of the next.
+void test_sums_over_tiles_are_float64() {
+    constexpr std::int64_t kLeft = 257, kRight = 128 * 300;
+    Problem problem({1, kLeft, kRight, 0, true}, 5);
+    std::fill(problem.a.begin(), problem.a.end(), 0x1p21f);
+    problem.a[kLeft - 1] = 1.0f;
+    std::fill(problem.b.begin(), problem.b.end(), 1.0f);
+    for (const double sum : problem.run()) {
+        EXPECT(sum == 0x1p21 * (kLeft - 1) + 1.0);
+    }
+}
+
 }  // namespace
 
 void test_packed_scores() {
     test_sums_are_those_of_float64();
     test_bits_do_not_depend_on_the_schedule();
     test_a_block_takes_several_tiles();
+    test_sums_over_tiles_are_float64();
 }

@@ -130,6 +130,7 @@ void test_quantisation() {
                 rows[static_cast<std::size_t>(stride + j)] = T{};                                       // a zero row
                 rows[static_cast<std::size_t>(2 * stride + j)] = as_key<T>(j % 2 == 0 ? 3.0f : -3.0f);  // all at an end
             }
+            rows[static_cast<std::size_t>(3 * stride + dim - 1)] = as_key<T>(0x1p14f);  // the largest comes last
             const Columns columns(dim, random);
             const Quantised<T> found(rows, n_rows, dim, stride, columns);
             EXPECT(found.n_nonfinite == 0);
@@ -172,6 +173,12 @@ void test_rows_without_a_step() {
         EXPECT(row == 0 ? found.margins[row] == kInfinity : std::isnan(found.margins[row]));
     }
     EXPECT(found.steps[1] > 0.0f && std::isfinite(found.margins[1]) && std::isfinite(found.margins[3]));
+
+    std::vector<float> steps(6), margins(6);  // the same without counters
+    Guarded<std::int8_t> values(6 * static_cast<std::size_t>(padded(kDim)), true);
+    cuda::quantise_rows({rows.data(), rep_fast::DType::kFloat32, 6, kDim, kDim}, columns.packed.data(), kConstant, 100,
+                        {values.data(), padded(kDim), steps.data(), margins.data(), nullptr, nullptr}, nullptr);
+    EXPECT(steps == found.steps && std::isnan(margins[2]) && margins[1] == found.margins[1]);
 }
 
 // Sums anywhere inside the bound; the true scores are whole numbers. Keys 0 and 1: no step, and left out.

@@ -18,18 +18,8 @@ namespace {
 using rep_fast::DType;
 namespace cuda = rep_fast::cuda;
 
-// Scans in chunks of `chunk` keys with approximate scores anywhere inside the bound, as unkind as may be: keys that
-// belong among the hits are shown at the lower end, others at the upper.
-Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margin, float slack = 0.0f) {
-    Found found;
-    found.scores.assign(static_cast<std::size_t>(input.n_queries * input.k), -kInfinity);
-    found.ids.assign(static_cast<std::size_t>(input.n_queries * input.k), -1);
-    std::vector<float> margins, slacks(static_cast<std::size_t>(input.n_queries), slack);
-    std::vector<std::int64_t> indptr{0}, subjects;
-    for (const auto& excluded_for : input.listed) {
-        subjects.insert(subjects.end(), excluded_for.begin(), excluded_for.end());
-        indptr.push_back(std::ssize(subjects));
-    }
+std::vector<float> margins_of(const Scan& input, float relative_margin) {
+    std::vector<float> margins;
     for (std::int64_t query = 0; query < input.n_queries; ++query) {
         double square = 0.0;
         for (std::int64_t j = 0; j < input.key_dim; ++j) {
@@ -38,53 +28,85 @@ Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margi
         }
         margins.push_back(relative_margin * static_cast<float>(std::sqrt(square)));
     }
-    for (std::int64_t first = 0; first < input.n_keys; first += chunk) {
-        const std::int64_t rows = std::min(chunk, input.n_keys - first);
-        const cuda::KeyChunk keys{&input.keys[static_cast<std::size_t>(first * input.stride)], DType::kBFloat16, rows,
-                                  input.key_dim, input.stride};
-        std::vector<float> norms(static_cast<std::size_t>(rows));
-        cuda::measure_keys(keys, 1000 + first, {norms.data(), &found.n_nonfinite, &found.first_nonfinite}, nullptr);
-        std::vector<float> approximate(static_cast<std::size_t>(input.n_queries * rows));
-        for (std::int64_t query = 0; query < input.n_queries; ++query) {
-            for (std::int64_t row = 0; row < rows; ++row) {
-                const double exact = input.exact(query, first + row);
-                const float share = std::uniform_real_distribution<float>(-0.999f, 0.999f)(input.random);
-                const float norm = norms[static_cast<std::size_t>(row)];
-                const float error =
-                    std::isfinite(norm) ? share * (norm * margins[static_cast<std::size_t>(query)] + slack) : 0.0f;
-                // what overflowed on the way may end anywhere
-                const bool overflows = norm * margins[static_cast<std::size_t>(query)] >= 0x1p100f;
-                approximate[static_cast<std::size_t>(query * rows + row)] =
-                    overflows ? -std::numeric_limits<float>::infinity() : static_cast<float>(exact) + error;
-            }
+    return margins;
+}
+
+// Scores of the rows from `first` on, one per norm, anywhere inside the bound.
+std::vector<float> approximate_scores(Scan& input, std::int64_t first, const std::vector<float>& norms,
+                                      const std::vector<float>& margins, float slack) {
+    std::vector<float> approximate;
+    for (std::int64_t query = 0; query < input.n_queries; ++query) {
+        for (std::int64_t row = 0; row < std::ssize(norms); ++row) {
+            const double exact = input.exact(query, first + row);
+            const float share = std::uniform_real_distribution<float>(-0.999f, 0.999f)(input.random);
+            const float norm = norms[static_cast<std::size_t>(row)];
+            const float error =
+                std::isfinite(norm) ? share * (norm * margins[static_cast<std::size_t>(query)] + slack) : 0.0f;
+            // what overflowed on the way may end anywhere
+            const bool overflows = norm * margins[static_cast<std::size_t>(query)] >= 0x1p100f;
+            approximate.push_back(overflows ? -std::numeric_limits<float>::infinity()
+                                            : static_cast<float>(exact) + error);
         }
-        cuda::Selection selection;
-        selection.keys = keys;
+    }
+    return approximate;
+}
+
+// Rules of exclusion; `indptr` and `subjects` are filled and must stay.
+void set_rules(const Scan& input, bool with_rule, std::vector<std::int64_t>& indptr,
+               std::vector<std::int64_t>& subjects, cuda::Selection& selection) {
+    if (with_rule) {
+        selection.last_token = {input.tokens.data(),
+                                input.starts.data(),
+                                std::ssize(input.starts),
+                                input.last_tokens.data(),
+                                input.lookback.data(),
+                                std::ssize(input.lookback),
+                                input.window};
+    }
+    if (!input.listed.empty()) {
+        indptr = {0};
+        for (const auto& excluded_for : input.listed) {
+            subjects.insert(subjects.end(), excluded_for.begin(), excluded_for.end());
+            indptr.push_back(std::ssize(subjects));
+        }
+        selection.pairs = {indptr.data(), subjects.data()};
+    }
+}
+
+// Scans in chunks of `chunk` keys.
+Found scan(Scan& input, std::int64_t chunk, bool with_rule, float relative_margin, float slack = 0.0f,
+           bool is_backwards = false) {
+    Found found;
+    found.scores.assign(static_cast<std::size_t>(input.n_queries * input.k), -kInfinity);
+    found.ids.assign(static_cast<std::size_t>(input.n_queries * input.k), -1);
+    const std::vector<float> margins = margins_of(input, relative_margin);
+    const std::vector<float> slacks(static_cast<std::size_t>(input.n_queries), slack);
+    std::vector<std::int64_t> indptr, subjects;
+    cuda::Selection selection;
+    selection.first_id = 1000;
+    selection.queries = input.queries.data();
+    selection.query_stride = input.key_dim;
+    selection.query_margins = margins.data();
+    selection.query_slacks = slacks.data();
+    selection.n_queries = input.n_queries;
+    selection.scores = found.scores.data();
+    selection.ids = found.ids.data();
+    selection.k = input.k;
+    set_rules(input, with_rule, indptr, subjects, selection);
+    const std::int64_t n_chunks = (input.n_keys + chunk - 1) / chunk;
+    for (std::int64_t number = 0; number < n_chunks; ++number) {
+        const std::int64_t first = chunk * (is_backwards ? n_chunks - 1 - number : number);
+        const std::int64_t rows = std::min(chunk, input.n_keys - first);
+        selection.keys = {&input.keys[static_cast<std::size_t>(first * input.stride)], DType::kBFloat16, rows,
+                          input.key_dim, input.stride};
+        std::vector<float> norms(static_cast<std::size_t>(rows));
+        cuda::measure_keys(selection.keys, 1000 + first, {norms.data(), &found.n_nonfinite, &found.first_nonfinite},
+                           nullptr);
+        const std::vector<float> approximate = approximate_scores(input, first, norms, margins, slack);
         selection.key_norms = norms.data();
         selection.first_row = first;
-        selection.first_id = 1000;
         selection.approximate = approximate.data();
         selection.approximate_stride = rows;
-        selection.queries = input.queries.data();
-        selection.query_stride = input.key_dim;
-        selection.query_margins = margins.data();
-        selection.query_slacks = slacks.data();
-        selection.n_queries = input.n_queries;
-        selection.scores = found.scores.data();
-        selection.ids = found.ids.data();
-        selection.k = input.k;
-        if (with_rule) {
-            selection.last_token = {input.tokens.data(),
-                                    input.starts.data(),
-                                    std::ssize(input.starts),
-                                    input.last_tokens.data(),
-                                    input.lookback.data(),
-                                    std::ssize(input.lookback),
-                                    input.window};
-        }
-        if (!input.listed.empty()) {
-            selection.pairs = {indptr.data(), subjects.data()};
-        }
         cuda::select_hits(selection, nullptr);
     }
     return found;
@@ -168,6 +190,13 @@ void test_a_product_that_overflowed_is_scored_exactly() {
     expect_brute_force(input, found, false, std::vector<bool>(300, true));
 }
 
+// Equal scores keep the lower id, also where it comes later.
+void test_chunks_may_come_in_any_order() {
+    Scan input(500, 3, 5, 40, 19);
+    const Found found = scan(input, 120, true, 0.02f, 0.0f, true);
+    expect_brute_force(input, found, true, std::vector<bool>(500, true));
+}
+
 // What underflows in a product takes from every score the same at most, however short the key.
 void test_slack_of_a_query_counts() {
     Scan input(400, 4, 9, 6, 17);
@@ -196,13 +225,14 @@ void test_listed_pairs_are_left_out() {
     }
 }
 
-// The tokens before row 0 belong to its sequence, oldest first, and none before them is looked at.
+// The tokens before row 0 belong to its sequence, oldest first, and none before them is looked at; row 0 has its own.
 void test_the_window_reaches_into_the_block_before() {
     for (const std::int64_t window : {0, 1, 2, 3, 40}) {
-        for (const std::int64_t held : {0, 1}) {
+        for (const std::int64_t held : {0, 1, 2}) {
             Scan input(60, 1, 4, 60, 2);
             input.window = window;
             input.lookback = {100, 101};
+            input.tokens[0] = 102;
             input.last_tokens = {100 + held};
             const Found found = scan(input, 25, true, 0.01f);
             expect_brute_force(input, found, true, std::vector<bool>(60, true));
@@ -252,6 +282,7 @@ void test_whitened_topk() {
     test_rows_that_are_not_finite_are_left_out_and_counted();
     test_approximate_scores_may_be_nan_or_infinite();
     test_a_product_that_overflowed_is_scored_exactly();
+    test_chunks_may_come_in_any_order();
     test_slack_of_a_query_counts();
     test_listed_pairs_are_left_out();
     test_the_window_reaches_into_the_block_before();
