@@ -47,8 +47,10 @@ def test_resume_equals_full_forward(family, build_lm, layer, attention):
     state = lm.suffix_state(batch, layer, STARTS)
     found = lm.resume(state, moved(state, delta), at=AT)
     (found * weights).sum().backward()
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(delta.grad, expected_gradient, rtol=1e-9, atol=1e-9)
+    # transformers' eager softmax is float32, whose last bits depend on how long the rows are: some roundings a layer
+    relative = 1e-10 if attention == "sdpa" else 32 * 2.0**-24
+    for own, wanted in ((found, expected), (delta.grad, expected_gradient)):
+        torch.testing.assert_close(own, wanted, rtol=0, atol=relative * max(1.0, float(wanted.abs().max())))
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
