@@ -40,7 +40,7 @@ def random_columns(M: int, n: int, *, seed: int = 1) -> Tensor:
 
 
 def with_a_worse_factor(C: Tensor, *, times: float, tolerance: float) -> SpdSolver:
-    """Its factor is that of C + times·λ·I, λ being the least eigenvalue: a step of refinement leaves times/(1 + times) of
+    """Its factor is that of C + times·λ·I with the least eigenvalue λ: a step of refinement leaves times/(1 + times) of
     the worst error, however this machine's library rounds."""
     solver = factor_float32(C, tolerance=tolerance)
     shifted = C + times * torch.linalg.eigvalsh(C)[0] * torch.eye(len(C), dtype=C.dtype)
