@@ -19,6 +19,7 @@ from rep_fast.ops.finite import is_finite
 from rep_fast.ops.gate_gradient import dense_rows
 from rep_fast.ops.moment_on_gpu import UnreadTokens, accumulate_on_gpu, count_tokens
 from rep_fast.ops.profile import recorded
+from rep_fast.ops.tf32 import is_tf32_allowed
 
 # rows the torch body multiplies in float32 before it adds the product in float64: the error of one entry is at most
 # BLOCK_ROWS · 2⁻²⁴ · Σ|k_i k_j|, while one pass over the float64 sum is paid once per block. The native bodies add 64
@@ -264,7 +265,7 @@ def _check_shapes(lower: Tensor, keys: Tensor) -> None:
 def _accumulate_moment(lower: Tensor, keys: Tensor, precision: str, counts: Tensor | None = None) -> None:
     _check_shapes(lower, keys)
     T, M = keys.shape
-    is_double = keys.dtype == torch.float64
+    is_double = keys.dtype == torch.float64 or is_tf32_allowed(keys.device)
     chosen = _body(keys)
     if precision == "bf16" and (chosen.name != "native-avx512_bf16" or keys.dtype != torch.bfloat16):
         raise BackendError(

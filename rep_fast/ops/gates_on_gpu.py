@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rep_fast.ops.gate_gradient import dense_rows
 from rep_fast.ops.native import stream_number
+from rep_fast.ops.tf32 import is_tf32_allowed
 
 if TYPE_CHECKING:
     from rep_fast.ops.gated_adapter import AdapterWeights
@@ -105,4 +106,6 @@ def _products(keys: Tensor, w1: Tensor) -> Tensor:
     """W1 k of every token, [T, H] float32."""
     if keys.is_cuda and keys.dtype == w1.dtype == torch.bfloat16:
         return torch.mm(keys, w1.T, out_dtype=torch.float32)
+    if is_tf32_allowed(keys.device):
+        return (keys.double() @ w1.double().T).float()
     return keys.float() @ w1.float().T
