@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 ROW_MARK = "ROW "  # a line of a stage's output that holds a row, as JSON
 TOTAL_SECONDS = 570.0
-_STAGES_FILE = str(HERE / "gpu_stages.py")
+_STAGES_FILE, _SMALL_FILE = str(HERE / "gpu_stages.py"), str(HERE / "gpu_small.py")
 _SANITIZERS = ("memcheck", "racecheck", "synccheck")
 # no stage waits for a network that is not there
 _OFFLINE = {
@@ -40,8 +40,12 @@ _OFFLINE = {
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
 _OP_TESTS = HERE.parent / "tests" / "ops"
-_FUSED_TESTS = _OP_TESTS / "test_scan_fused.py"
-_WGMMA_TESTS = _OP_TESTS / "test_moment_wgmma.py"
+# whose blocks or warps wait for each other, each apart: who waits wrongly would wait for ever
+_TESTS_APART = {
+    "gate_tests": (_OP_TESTS / "test_gated_adapter_gpu.py", 20.0),
+    "fused_tests": (_OP_TESTS / "test_scan_fused.py", 15.0),
+    "wgmma_tests": (_OP_TESTS / "test_moment_wgmma.py", 10.0),
+}
 _PYTEST = ("-m", "pytest", "-n0", "-q", "-o", "addopts=--strict-markers", "-k", "cuda and not cpu")
 
 
@@ -92,21 +96,19 @@ def stages() -> list[Stage]:
     )
     sanitize = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     sanitized = [
-        Stage(f"{prefix}{tool}", (*sanitize, tool, python, _STAGES_FILE, f"{prefix}small"), 25.0)
+        Stage(f"{prefix}{tool}", (*sanitize, tool, python, _SMALL_FILE, f"{prefix}small"), 25.0)
         for prefix, tool in (*(("", own) for own in _SANITIZERS), ("fused_", "memcheck"), ("wgmma_", "memcheck"))
     ]
     return [
         Stage(
             "build", (python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(HERE.parent)), 110
         ),
-        # the bodies for Hopper apart: warps that wait for each other wrongly would wait for ever
         Stage(
             "tests",
-            (python, *_PYTEST, f"--ignore={_FUSED_TESTS}", f"--ignore={_WGMMA_TESTS}", str(_OP_TESTS)),
-            65.0,
+            (python, *_PYTEST, *(f"--ignore={path}" for path, _ in _TESTS_APART.values()), str(_OP_TESTS)),
+            45.0,
         ),
-        Stage("fused_tests", (python, *_PYTEST, str(_FUSED_TESTS)), 15.0),
-        Stage("wgmma_tests", (python, *_PYTEST, str(_WGMMA_TESTS)), 10.0),
+        *(Stage(name, (python, *_PYTEST, str(path)), seconds) for name, (path, seconds) in _TESTS_APART.items()),
         *(Stage(name, (python, _STAGES_FILE, name), seconds) for name, seconds in measured),
         *sanitized,
         Stage("end_to_end", (python, _STAGES_FILE, "end_to_end"), 75.0),

@@ -21,8 +21,6 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from rep_fast import api, factworld
-from rep_fast.bench.cases import ScanCase
-from rep_fast.bench.whitened_topk import Inputs
 from rep_fast.collisions.query import WhitenedQueries
 from rep_fast.collisions.scan import ScanState
 from rep_fast.collisions.token_blocks import token_blocks
@@ -227,22 +225,25 @@ def torch_gate(keys: Tensor, adapter: AdapterWeights) -> Tensor:
 def gates() -> None:
     """One adapter of LLaMA2-7B's widths per call, no gate open; eight adapters in a row, so that no W1 is cached."""
     copied = copy_rate()
-    adapters = [random_adapter(*SIZES.gate, torch.bfloat16, seed) for seed in range(8)]
-    for n_tokens in SIZES.gate_tokens:
-        keys = torch.randn(n_tokens, SIZES.gate[0], device=DEVICE).bfloat16()
-        assert all(torch.equal(gated_adapter(keys, own, tau=0.9), keys) for own in adapters), "a shut gate moved a key"
-        ours, peer = seconds(
-            graphed(lambda keys=keys: [gated_adapter(keys, own, tau=0.9) for own in adapters]),
-            graphed(lambda keys=keys: [torch_gate(keys, own) for own in adapters]),
-        )
-        share = len(adapters) * adapters[0].w1.nbytes / ours / copied
-        row(
-            f"{n_tokens} tokens",
-            1e6 * ours / 8,
-            "µs",
-            peer=1e6 * peer / 8,
-            **({"share": share} if n_tokens < 64 else {}),
-        )
+    for dtype in (torch.bfloat16, torch.float32):
+        adapters = [random_adapter(*SIZES.gate, dtype, seed) for seed in range(8)]
+        for n_tokens in SIZES.gate_tokens:
+            gate_case(n_tokens, adapters, copied)
+
+
+def gate_case(n_tokens: int, adapters: list[AdapterWeights], copied: float) -> None:
+    """Keys of the weights' type; `copied`: bytes per second that memory gives."""
+    dtype = adapters[0].w1.dtype
+    keys = torch.randn(n_tokens, SIZES.gate[0], device=DEVICE).to(dtype)
+    assert all(torch.equal(gated_adapter(keys, own, tau=0.9), keys) for own in adapters), "a shut gate moved a key"
+    ours, peer = seconds(
+        graphed(lambda: [gated_adapter(keys, own, tau=0.9) for own in adapters]),
+        graphed(lambda: [torch_gate(keys, own) for own in adapters]),
+    )
+    share = sum(own.w1.nbytes for own in adapters) / ours / copied
+    case = f"{n_tokens} tokens, {str(dtype).removeprefix('torch.')}"
+    per_gate = 1e6 / len(adapters)
+    row(case, per_gate * ours, "µs", peer=per_gate * peer, **({"share": share} if n_tokens < 64 else {}))
 
 
 def moment_by(body: str, total: MomentSum, keys: Tensor, **options: Any) -> MomentSum:
@@ -343,80 +344,6 @@ def random_adapter(key_dim: int, gate_hidden: int, dtype: torch.dtype, seed: int
     return AdapterWeights(*(part.to(dtype) for part in (*drawn, torch.full((1,), -4.0, device=DEVICE))))
 
 
-def small_moment(body: str = "mma", width: int = 72) -> None:
-    """Keys with a token that does not count, beside float64."""
-    keys = torch.randn(700, width, device=DEVICE).bfloat16()
-    keys[5, 3] = torch.nan
-    found = moment_by(body, MomentSum.zeros(width, device=DEVICE), keys, nonfinite="exclude").lower
-    wide = torch.cat([keys[:5], keys[6:]]).double()
-    torch.testing.assert_close(found.tril(), (wide.T @ wide).tril(), rtol=1e-4, atol=1e-2)
-
-
-def small_scores() -> None:
-    """Sums of absolute products, beside float64."""
-    a, b = torch.randn(33, 130, device=DEVICE), torch.randn(33, 131, device=DEVICE)
-    want = (a.double().T @ b.double()).abs().sum(0)
-    torch.testing.assert_close(torch.ops.rep_fast.abs_product_sum(a, b), want, rtol=1e-4, atol=1e-4)
-
-
-def small_solve() -> None:
-    """A solve with refinement, beside float64."""
-    moment = random_moment(130)
-    b = torch.randn(130, 5, device=DEVICE, dtype=torch.float64)
-    torch.testing.assert_close(
-        SpdSolver.factor(moment).solve(b), torch.linalg.solve(moment.double(), b), rtol=1e-6, atol=1e-8
-    )
-
-
-def small_gates() -> None:
-    """Gates of a few and of many tokens, several adapters; every gate open once."""
-    adapters = [random_adapter(72, 20, torch.float32, seed) for seed in range(3)]
-    for n_tokens in (1, 9, 70):
-        keys = torch.randn(n_tokens, 72, device=DEVICE)
-        want = keys
-        for own in adapters:
-            want = want + linear(linear(want, own.a), own.b)
-        torch.testing.assert_close(gated_adapter(keys, adapters, tau=0.0), want, rtol=1e-4, atol=1e-4)
-        assert torch.equal(gated_adapter(keys, adapters, tau=0.999), keys)
-
-
-def small() -> None:
-    """Every kernel once on small shapes, for compute-sanitizer; results are checked."""
-    inputs = Inputs.draw(ScanCase("small", n_keys=700, n_queries=9, key_dim=72, k=10), seed=0)
-    rule = inputs.exclusion.to(torch.device(DEVICE))
-    for precision in ("int8", "bf16", "bf16x2", "fp32", "fp64"):
-        found = whitened_topk(
-            inputs.keys.to(DEVICE), inputs.queries.to(DEVICE), 10, exclusion=rule, precision=precision
-        )
-        assert inputs.is_exact(found.ids.cpu()), precision
-    small_gates()
-    small_moment()
-    small_scores()
-    small_solve()
-
-
-def fused_small() -> None:
-    """The fused scan once, for compute-sanitizer; more stages than its ring has."""
-    if not is_hopper():
-        return
-    inputs = Inputs.draw(ScanCase("small", n_keys=SIZES.small_keys, n_queries=9, key_dim=712, k=10), seed=0)
-    for precision in ("bf16", "bf16x2", "int8"):
-        rule = inputs.exclusion.to(torch.device(DEVICE))
-        operands = (inputs.keys.to(DEVICE), inputs.queries.to(DEVICE))
-        assert inputs.is_exact(scan_by("fused", *operands, 10, exclusion=rule, precision=precision).ids.cpu()), (
-            precision
-        )
-
-
-def wgmma_small() -> None:
-    """The second moment by the bodies for Hopper, for compute-sanitizer; more stages than their rings have, and tiles
-    on and below the diagonal."""
-    if not is_hopper():
-        return
-    for body in ("wgmma128", "wgmma192"):
-        small_moment(body, width=400)
-
-
 def timed(case: str, run: Callable[[], Any], *, work: int = 0) -> Any:
     """Run twice, report the second: seconds, or `work` per second; and the peak memory."""
     run()
@@ -506,9 +433,6 @@ STAGES: dict[str, Callable[[], None]] = {
     "packed_scores": scores,
     "spd_solver": solves,
     "end_to_end": end_to_end,
-    "small": small,
-    "fused_small": fused_small,
-    "wgmma_small": wgmma_small,
 }
 
 if __name__ == "__main__":

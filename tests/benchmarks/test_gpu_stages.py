@@ -61,6 +61,14 @@ def stages(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyP
     return script
 
 
+@pytest.fixture
+def small(stages: ModuleType, load_script: Callable[[str], ModuleType]) -> ModuleType:
+    """What the sanitizers look at; it takes its sizes and bodies from `stages`."""
+    script = load_script("gpu_small")
+    assert script.gpu_stages is stages
+    return script
+
+
 STAGES = (
     "ceilings", "whitened_topk", "fused_scan", "gated_adapter", "accumulate_moment", "packed_scores", "spd_solver",
     "wgmma_moment", "end_to_end", "small", "fused_small", "wgmma_small",
@@ -68,8 +76,8 @@ STAGES = (
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_runs(stages: ModuleType, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    stages.STAGES[name]()
+def test_a_stage_runs(stages: ModuleType, small: ModuleType, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    (stages.STAGES | small.STAGES)[name]()
     lines = capsys.readouterr().out.splitlines()
     cases = [json.loads(line.removeprefix("ROW "))["case"] for line in lines if line.startswith("ROW ")]
     assert len(set(cases)) == len(cases)
@@ -77,5 +85,5 @@ def test_a_stage_runs(stages: ModuleType, capsys: pytest.CaptureFixture[str], na
     assert bool(cases) == (not name.endswith("small"))
 
 
-def test_all_stages_are_tried(stages: ModuleType) -> None:
-    assert sorted(stages.STAGES) == sorted(STAGES)
+def test_all_stages_are_tried(stages: ModuleType, small: ModuleType) -> None:
+    assert sorted(stages.STAGES | small.STAGES) == sorted(STAGES)
