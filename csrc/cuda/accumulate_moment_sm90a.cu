@@ -97,9 +97,7 @@ void accumulate_by_tile(const MomentKeys& keys, const bool* counts, double* tota
 
 bool can_accumulate_by_wgmma(const MomentKeys& keys) {
     const bool is_half = keys.dtype == DType::kBFloat16 || keys.dtype == DType::kFloat16;
-    // rows that overlap, as of an expanded tensor, have no tensor map
-    return is_half && keys.row_stride >= keys.key_dim && keys.key_dim <= kWidestMoment &&
-           has_tensor_map(key_matrix(keys));
+    return is_half && keys.key_dim <= kWidestMoment && has_tensor_map(key_matrix(keys));
 }
 
 void accumulate_moment_by_wgmma(const MomentKeys& keys, const bool* counts, double* total, std::int64_t total_stride,

@@ -235,6 +235,7 @@ void test_layouts_the_copy_engine_does_not_take_are_refused() {
         EXPECT(false);
     };
     refused([](cuda::FusedScan& one) { one.selection.keys.row_stride = 12; });
+    refused([](cuda::FusedScan& one) { one.selection.keys.row_stride = 0; });
     refused([](cuda::FusedScan& one) { one.selection.keys.dtype = DType::kFloat16; });
     refused([](cuda::FusedScan& one) { one.factor = static_cast<const BFloat16*>(one.factor) + 1; });
 }

@@ -229,6 +229,9 @@ void test_matrices_the_engine_does_not_take() {
     other.row_stride = 88;
     EXPECT(!has_tensor_map(other));
     other = numbers.matrix();
+    other.row_stride = 0;  // an expanded row
+    EXPECT(!has_tensor_map(other));
+    other = numbers.matrix();
     other.n_rows = std::int64_t{1} << 31;
     EXPECT(!has_tensor_map(other));
 }

@@ -162,7 +162,7 @@ def test_a_stream_of_blocks_with_rows_that_are_not_finite(
 
 
 @pytest.mark.parametrize(
-    "kind", ["float32 keys", "float16 keys", "odd width", "odd stride", "fp32", "fp64", "few keys"]
+    "kind", ["float32 keys", "float16 keys", "odd width", "odd stride", "one row", "fp32", "fp64", "few keys"]
 )
 def test_what_it_does_not_take_the_first_body_serves(
     device: torch.device, served: list[int], monkeypatch: pytest.MonkeyPatch, kind: str
@@ -172,7 +172,7 @@ def test_what_it_does_not_take_the_first_body_serves(
     if kind == "odd stride":
         keys = torch.nn.functional.pad(keys, (0, 3))
     keys, queries = keys.to(device)[:, : queries.shape[1]], queries.to(device)
-    keys = keys[:20] if kind == "few keys" else keys
+    keys = keys[:20] if kind == "few keys" else keys[:1].expand(60, -1) if kind == "one row" else keys
     precision = kind if kind in ("fp32", "fp64") else "auto"
     found = whitened_topk(keys, queries, 3, precision=precision)
     assert served == []
