@@ -11,7 +11,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +35,7 @@ from rep_fast.ops import (
     SpdSolver,
     TopK,
     accumulate_moment,
+    gate_logits,
     gated_adapter,
     packed_scores,
     whitened_topk,
@@ -137,10 +139,24 @@ def torch_scan(keys: Tensor, queries: Tensor, k: int, mask: Tensor, *, chunk: in
     return best
 
 
+@contextmanager
+def asked(variable: str, body: str) -> Iterator[None]:
+    """Inside, the environment asks for this body of a kernel."""
+    before = os.environ.get(variable)
+    os.environ[variable] = body
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
 def scan_by(body: str, *arguments: Any, **options: Any) -> TopK:
     """The scan by one of its bodies, "product" or "fused"."""
-    os.environ["REP_FAST_GPU_SCAN"] = body
-    return whitened_topk(*arguments, **options)
+    with asked("REP_FAST_GPU_SCAN", body):
+        return whitened_topk(*arguments, **options)
 
 
 def scan_case(n_queries: int, key_dim: int, rates: dict[tuple[str, str], float]) -> None:
@@ -223,12 +239,32 @@ def torch_gate(keys: Tensor, adapter: AdapterWeights) -> Tensor:
 
 
 def gates() -> None:
-    """One adapter of LLaMA2-7B's widths per call, no gate open; eight adapters in a row, so that no W1 is cached."""
+    """One adapter of LLaMA2-7B's widths per call; eight adapters in a row, so that no W1 is cached."""
     copied = copy_rate()
     for dtype in (torch.bfloat16, torch.float32):
         adapters = [random_adapter(*SIZES.gate, dtype, seed) for seed in range(8)]
         for n_tokens in SIZES.gate_tokens:
             gate_case(n_tokens, adapters, copied)
+            if dtype == torch.bfloat16:
+                open_case(n_tokens, adapters)
+
+
+def open_case(n_tokens: int, adapters: list[AdapterWeights]) -> None:
+    """What gates cost that open for a token in twenty, one at least: an adapter per call, and all of them as a chain."""
+    keys = torch.randn(n_tokens, SIZES.gate[0], device=DEVICE).bfloat16()
+    places = max(n_tokens // 20, 1)
+    lowest = [gate_logits(keys, own).topk(places).values[-1].double() for own in adapters]
+    taus = [torch.sigmoid(logit - 1e-3).item() for logit in lowest]
+    moved = gated_adapter(keys, adapters[0], tau=taus[0])
+    assert int((moved != keys).any(dim=1).sum()) >= places, "an open gate moved no key"
+    shut, opened, chain = seconds(
+        graphed(lambda: [gated_adapter(keys, own, tau=1.0) for own in adapters]),
+        graphed(lambda: [gated_adapter(keys, own, tau=tau) for own, tau in zip(adapters, taus, strict=True)]),
+        graphed(lambda: gated_adapter(keys, adapters, tau=taus)),
+    )
+    # in the peer's column what a gate costs that is shut
+    row(f"{n_tokens} tokens, {places} open", 1e6 * opened / len(adapters), "µs", peer=1e6 * shut / len(adapters))
+    row(f"{n_tokens} tokens, {places} open, chain of {len(adapters)}", 1e6 * chain, "µs", peer=1e6 * shut)
 
 
 def gate_case(n_tokens: int, adapters: list[AdapterWeights], copied: float) -> None:
@@ -248,8 +284,8 @@ def gate_case(n_tokens: int, adapters: list[AdapterWeights], copied: float) -> N
 
 def moment_by(body: str, total: MomentSum, keys: Tensor, **options: Any) -> MomentSum:
     """Tokens added to a second moment by one of its bodies: "mma", "wgmma128" or "wgmma192"."""
-    os.environ["REP_FAST_GPU_MOMENT"] = body
-    return accumulate_moment(total, keys, **options)
+    with asked("REP_FAST_GPU_MOMENT", body):
+        return accumulate_moment(total, keys, **options)
 
 
 def moment_case(key_dim: int, ceiling: float, *bodies: str) -> None:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 bodies: list[str]
+fused_tile_keys: int
 largest_k: int
 more_gate_tickets: int
 quantised_multiple: int
@@ -77,6 +78,7 @@ def quantise_rows(
     counters: Tensor | None,
     stream: int,
 ) -> None: ...
+def fused_tile_queries(n_queries: int) -> int: ...
 def padded_queries(n_queries: int) -> int: ...
 def can_fuse(*, keys: Tensor, factor: Tensor, n_parts: int) -> bool: ...
 def scan_fused(

@@ -11,7 +11,10 @@ namespace rep_fast::cuda {
 // Tokens whose products the tensor cores add up in one go; they cut off where others round.
 inline constexpr std::int64_t kMomentChain = 512;
 // Tokens whose sums stay in float32. One entry's error is at most
-// ((kMomentChain / 16 + 16) · 2⁻²³ + kMomentTokens / kMomentChain · 2⁻²⁴) · Σ |k_i k_j|.
+// (kMomentChain · 17 / 16 · 2⁻²³ + kMomentTokens / kMomentChain · 2⁻²⁴) · Σ |k_i k_j|: a tensor core brings the 16
+// products of an instruction and the sum so far to the exponent of the largest and may cut each of them off there, and
+// the new sum once more. Bits that it keeps beyond float32's halve the first part each; one that adds exactly and cuts
+// off once, as the executor of tests/cuda_on_cpu does, stays below (kMomentChain / 16 + 16) · 2⁻²³ there.
 inline constexpr std::int64_t kMomentTokens = 4096;
 
 struct MomentKeys {

@@ -5,7 +5,8 @@
 // operands are transposed, which wgmma does on 16-bit elements by itself. Another warp clears the lines of tokens that
 // do not count in what has landed, so that the multiplying warps know nothing of them. Two warpgroups multiply 64 rows
 // each, in chains of kMomentChain tokens whose products are added up in registers, and go over the totals in float64
-// every kMomentTokens, at different times: then the other group has the tensor cores for itself.
+// every kMomentTokens, at different times: then the other group has the tensor cores for itself, as long as the ring
+// has stages for it.
 //
 // Flops: T·M·(M + 128) at 128 columns and T·M·(M + 256) at 192. Bytes from L2: 256·(1 + kColumns / 128) per token and
 // tile, one for 64 and for 77 flops, and about 20 for the totals per entry and 4096 tokens, from memory. Limit: tensor
@@ -97,7 +98,9 @@ void accumulate_by_tile(const MomentKeys& keys, const bool* counts, double* tota
 
 bool can_accumulate_by_wgmma(const MomentKeys& keys) {
     const bool is_half = keys.dtype == DType::kBFloat16 || keys.dtype == DType::kFloat16;
-    return is_half && keys.key_dim <= kWidestMoment && has_tensor_map(key_matrix(keys));
+    // tokens are counted by ints, a stage ahead
+    constexpr std::int64_t kMostTokens = (std::int64_t{1} << 31) - 2 * kStageTokens;
+    return is_half && keys.key_dim <= kWidestMoment && keys.n_tokens < kMostTokens && has_tensor_map(key_matrix(keys));
 }
 
 void accumulate_moment_by_wgmma(const MomentKeys& keys, const bool* counts, double* total, std::int64_t total_stride,

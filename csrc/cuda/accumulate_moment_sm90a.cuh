@@ -58,7 +58,7 @@ __device__ inline void begin_ring(MomentShared<kColumns, kStages>& shared) {
     ptx::fence_mbarrier_init();
 }
 
-// One thread keeps the ring full. On the diagonal some boxes come twice; such tiles are one in a hundred.
+// One thread keeps the ring full. On the diagonal some boxes come twice: 6 % of the tiles at M = 4096, 2 % at 11008.
 template <class Key, int kColumns, int kStages>
 __device__ inline void bring_keys(const ptx::TensorMap& keys, const MomentShape<Key>& shape,
                                   MomentShared<kColumns, kStages>& shared) {
@@ -101,7 +101,8 @@ __device__ inline void clear_lines(unsigned char (&boxes)[kBoxes][kKeyBoxBytes],
     for (; tokens != 0; tokens &= tokens - 1) {
         const int line = first + __ffs(static_cast<int>(tokens)) - 1;
         for (int piece = static_cast<int>(threadIdx.x) % kLanes; piece < kBoxes * kPieces; piece += kLanes) {
-            ptx::store_16(boxes[piece / kPieces] + line * ptx::kBoxRowBytes + piece % kPieces * 16, uint4{0, 0, 0, 0});
+            ptx::store_16_shared(boxes[piece / kPieces] + line * ptx::kBoxRowBytes + piece % kPieces * 16,
+                                 uint4{0, 0, 0, 0});
         }
     }
 }

@@ -10,11 +10,11 @@
 // exactly. The order of a list changes no hit: hits are ordered by score and id.
 //
 // Bytes: 2·n·M of keys, 2·P·S·M of queries from L2 per 128 keys, half of either in whole steps; operations 2·P·n·S·M.
-// Limit: tensor cores from S ≈ 200 on; with whole steps, which memory has to give n·M bytes of, take back and give
-// again unless L2 keeps them, from S ≈ 600 on. Registers by ptxas 13.0: 117 at 128 queries and 168 at 256, in whole
-// steps 96 and 164, of the 168 that it gives 288 threads, which it counts as three warpgroups; nothing is spilled; one
-// block per multiprocessor. Not run or measured yet on a device: stages, tile and order of tiles are choices by
-// arithmetic.
+// Limit: tensor cores from S ≈ 200 on; in whole steps, for which 2·n·M bytes are read, n·M written and n·M read again
+// unless L2 keeps them, from S ≈ 600 on, and there L2, which would have to give 9 TB/s. Registers by ptxas 13.0: 117 at
+// 128 queries and 168 at 256, in whole steps 96 and 164, of the 168 that it gives 288 threads, which it counts as three
+// warpgroups; nothing is spilled; one block per multiprocessor. Not run or measured yet on a device: stages, tile and
+// order of tiles are choices by arithmetic.
 #include <cuda_runtime.h>
 
 #include <algorithm>

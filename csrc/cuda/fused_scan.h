@@ -48,6 +48,8 @@ struct FusedScan {
     FusedScratch scratch;
 };
 
+inline constexpr int kFusedTileKeys = 128;
+
 struct FusedTile {
     int queries = 0;
     int stages = 0;

@@ -23,7 +23,7 @@
 namespace rep_fast::cuda {
 
 inline constexpr float kFloatInfinity = std::numeric_limits<float>::infinity();
-inline constexpr int kKeys = 128;  // of a tile: two warpgroups of wgmma's 64 rows
+inline constexpr int kKeys = kFusedTileKeys;  // two warpgroups of wgmma's 64 rows
 inline constexpr int kMultiplyingThreads = kKeys / kGroupRows * kGroupThreads;
 inline constexpr int kMultiplyingWarps = kMultiplyingThreads / kLanes;
 inline constexpr int kFusedThreads = kMultiplyingThreads + kLanes;
@@ -57,6 +57,7 @@ struct FusedShared {
     std::uint64_t landed[kStages];
     std::uint64_t released[kStages];
     static_assert(kQueries % 8 == 0 && kQueries <= 256, "wgmma's columns, and the rows of a box");
+    static_assert(kKeys * ptx::kBoxRowBytes % 1024 == 0, "the queries begin where a swizzled box may");
 };
 
 // One thread keeps the ring full.

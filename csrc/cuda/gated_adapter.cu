@@ -4,10 +4,10 @@
 // (one token) or 4 hidden rows of one adapter; the 8 warps of a block read those rows once, 16 bytes a lane, against up
 // to 8 keys, which come from L1 and L2, as the rows do for the next 8 keys. The block that ends an adapter's last tile
 // adds the shares of its rows in their order, the one that ends the last adapter says whose turn it is: logits do not
-// depend on the schedule. Where nobody's turn it is, all blocks leave. Else they project, reading A and B once per open
-// token, and where a token can move again its later gates decide anew, until nothing moves.
+// depend on the schedule. Where nobody's turn it is, all blocks leave. Else they project the tokens that are listed,
+// reading A and B once per token, and where a token can move again its later gates decide anew, until nothing moves.
 // Bytes: 2 or 4·H·M per adapter, once; keys and outputs 2·T·M each. Limit: memory up to about 8 tokens.
-// Registers by ptxas 13.0: 114 to 126 at one token, two blocks of a multiprocessor, 220 to 238 at more; none spilled.
+// Registers by ptxas 13.0: 120 to 128 at one token, two blocks of a multiprocessor, 230 to 236 at more; none spilled.
 // Time: not measured yet on a device.
 #include <cuda_runtime.h>
 
@@ -18,12 +18,11 @@
 #include "cuda/gated_adapter_steps.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/ptx/counter.cuh"
+#include "cuda/ptx/wide_access.cuh"
 
 namespace rep_fast::cuda {
 namespace {
 
-// Blocks that share out the projections of many tokens, whose gates are decided before.
-constexpr int kProjectionBlocks = 256;
 constexpr std::int64_t kAlignment = 256;
 
 // True in the last of `n_blocks` blocks that ask, which then sees what the others wrote.
@@ -63,7 +62,7 @@ __device__ inline void raise(int* counter) {
     }
 }
 
-__device__ inline void wait_for(const int* counter, int value) {
+__device__ inline void wait_for_blocks(const int* counter, int value) {
     if (threadIdx.x == 0) {
         ptx::wait_until_reached(counter, value);
         __threadfence();
@@ -73,7 +72,7 @@ __device__ inline void wait_for(const int* counter, int value) {
 
 // Numbers that grow in the course of a launch and are zero at its end, behind the tickets of the adapters.
 struct Progress {
-    int* n_decided;  // times that whose turn it is has been said
+    int* n_decided;  // times that one block has said whose turn it is
     int* n_arrived;  // blocks at a barrier, of all barriers
     int* n_left;     // blocks that are through
 };
@@ -82,20 +81,21 @@ __device__ inline Progress progress_of(const GateWork& work) {
     int* const begin = work.tickets + work.n_adapters + 1;
     return {begin, begin + 1, begin + 2};
 }
-static_assert(kMoreTickets == 4, "the ticket of all adapters, and the numbers of Progress");
+static_assert(kMoreTickets == 5, "the ticket of all adapters, the numbers of Progress, and those who act");
 
 // The `number`-th barrier of all blocks.
 __device__ inline void wait_for_all(const Progress& progress, int number) {
     raise(progress.n_arrived);
-    wait_for(progress.n_arrived, number * static_cast<int>(gridDim.x));
+    wait_for_blocks(progress.n_arrived, number * static_cast<int>(gridDim.x));
 }
 
-__device__ inline void leave(const Progress& progress) {
-    __syncthreads();  // nobody of this block waits any more
+__device__ inline void leave(const GateWork& work, const Progress& progress) {
+    __syncthreads();  // nobody of this block waits or reads any more
     if (threadIdx.x == 0 && atomicAdd(progress.n_left, 1) == static_cast<int>(gridDim.x) - 1) {
         *progress.n_decided = 0;
         *progress.n_arrived = 0;
         *progress.n_left = 0;
+        *work.n_acting = 0;
     }
 }
 
@@ -110,18 +110,33 @@ __device__ inline void decide(const GateWork& work, const KeyRows<Key>& keys, Ga
         }
         settle_gate<Weight>(work, adapter, n_tiles, renews);
         if (is_last_block(work.tickets + work.n_adapters, work.n_adapters, shared.is_last)) {
-            choose_acting(work, !renews);
+            choose_acting_alone(work, !renews);
             raise(progress_of(work).n_decided);
         }
     }
 }
 
-__device__ inline bool is_anybody_acting(const GateWork& work) {
-    int n_acting = 0;
-    for (std::int64_t token = threadIdx.x; token < work.n_tokens; token += kGateThreads) {
-        n_acting += work.acting[token] >= 0 ? 1 : 0;
+// The keys before anybody moved them, row by row.
+template <class Key>
+__device__ inline void copy_keys(const GateWork& work, const KeyRows<Key>& keys, Key* adapted) {
+    const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kGateThreads + threadIdx.x;
+    const std::int64_t n_threads = static_cast<std::int64_t>(gridDim.x) * kGateThreads;
+    const bool is_wide = keys.sixteen_bytes && work.key_dim * static_cast<std::int64_t>(sizeof(Key)) % 16 == 0 &&
+                         reinterpret_cast<std::uintptr_t>(adapted) % 16 == 0;
+    for (std::int64_t token = 0; token < work.n_tokens; ++token) {
+        const Key* const from = keys.data + token * keys.row_stride;
+        Key* const to = adapted + token * work.key_dim;
+        if (is_wide) {
+            constexpr std::int64_t kOfPiece = 16 / sizeof(Key);
+            for (std::int64_t piece = thread; piece < work.key_dim / kOfPiece; piece += n_threads) {
+                ptx::store_16(to + piece * kOfPiece, ptx::load_16(from + piece * kOfPiece));
+            }
+        } else {
+            for (std::int64_t column = thread; column < work.key_dim; column += n_threads) {
+                to[column] = from[column];
+            }
+        }
     }
-    return __syncthreads_or(n_acting) != 0;
 }
 
 // One token's tile leaves registers for two blocks on a multiprocessor: else some of them would read twice as many rows
@@ -138,30 +153,25 @@ __global__ void __launch_bounds__(kGateThreads, kBlocksTogether<kTokens>)
     const Progress progress = progress_of(work);
     const bool is_chain = work.composition == Composition::kChain;
     const bool moves_once = work.values == nullptr;
+    int n_said = 0, n_barriers = 0;
     if (decides) {
-        const std::int64_t n = work.n_tokens * work.key_dim;
-        const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kGateThreads + threadIdx.x;
-        for (std::int64_t i = thread; i < n; i += static_cast<std::int64_t>(gridDim.x) * kGateThreads) {
-            adapted[i] = keys.data[i / work.key_dim * keys.row_stride + i % work.key_dim];
-        }
+        copy_keys(work, keys, adapted);
         decide<kTokens, kRows, Weight>(work, keys, shared, false);
-    } else if (blockIdx.x == 0) {
-        choose_acting(work, true);
-        raise(progress.n_decided);
+        wait_for_blocks(progress.n_decided, ++n_said);
+    } else {
+        const std::int64_t thread = static_cast<std::int64_t>(blockIdx.x) * kGateThreads + threadIdx.x;
+        choose_acting(work, true, thread, static_cast<std::int64_t>(gridDim.x) * kGateThreads);
+        wait_for_all(progress, ++n_barriers);
     }
-    for (int round = 1;; ++round) {
-        wait_for(progress.n_decided, round);
-        if (!is_anybody_acting(work)) {
-            break;
-        }
+    for (bool is_first = true; *work.n_acting != 0; is_first = false) {
         // the gates of a chain see what earlier ones made of the key
-        if (round == 1 || !is_chain) {
+        if (is_first || !is_chain) {
             project_inner<Weight>(work, keys, shared);
         } else {
             project_inner<Weight>(work, values, shared);
         }
-        wait_for_all(progress, 2 * round - 1);
-        if (round == 1) {
+        wait_for_all(progress, ++n_barriers);
+        if (is_first) {
             project_outer<Weight>(work, keys, adapted, warp_of_grid(), warps_of_grid());
         } else {
             project_outer<Weight>(work, values, adapted, warp_of_grid(), warps_of_grid());
@@ -169,15 +179,16 @@ __global__ void __launch_bounds__(kGateThreads, kBlocksTogether<kTokens>)
         if (moves_once) {
             break;
         }
-        wait_for_all(progress, 2 * round);
+        wait_for_all(progress, ++n_barriers);
         if (is_chain) {
             decide<kTokens, kRows, Weight>(work, values, shared, true);
         } else if (blockIdx.x == 0) {
-            choose_acting(work, false);
+            choose_acting_alone(work, false);
             raise(progress.n_decided);
         }
+        wait_for_blocks(progress.n_decided, ++n_said);
     }
-    leave(progress);
+    leave(work, progress);
 }
 
 struct SomeEntries {
@@ -263,6 +274,8 @@ Plan plan_of(const GatedAdapterCall& call) {
     Pieces pieces(call.scratch);
     work.partial = pieces.take<float>(call.n_tokens * work.n_tiles);
     work.acting = pieces.take<int>(call.n_tokens);
+    work.listed = pieces.take<std::int64_t>(call.n_tokens);
+    work.n_acting = call.tickets + n_adapters + kMoreTickets - 1;
     work.inner = pieces.take<float>(call.n_tokens * work.max_rank);
     plan.stored = pieces.take<GateEntry>(n_adapters > kFewAdapters ? n_adapters : 0);
     if (moves_twice(call)) {
@@ -302,8 +315,8 @@ void launch_gates(const GatedAdapterCall& call, const GateWork& work, bool decid
     const KeyRows<float> values = {work.values, call.key_dim,
                                    allows_sixteen_bytes(work.values, call.key_dim, sizeof(float))};
     const auto kernel = gates_kernel<kTokens, kRows, Key, Weight>;
-    const int n_blocks =
-        std::min(decides ? work.n_tiles : kProjectionBlocks, blocks_at_once(kernel, kGateThreads, sizeof(GateShared)));
+    const int at_once = blocks_at_once(kernel, kGateThreads, sizeof(GateShared));
+    const int n_blocks = decides ? std::min(work.n_tiles, at_once) : at_once;
     launch("gated_adapter", kernel,
            {.grid = dim3(static_cast<unsigned>(n_blocks)),
             .block = dim3(kGateThreads),

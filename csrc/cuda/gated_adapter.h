@@ -4,11 +4,11 @@
 // The host waits for nothing and the launch has a shape that depends on sizes alone, so that calls may be recorded in a
 // graph: what is open is decided on the device.
 //
-// A few tokens: `gated_adapter`, one launch that reads every W1 once, decides all gates, copies the keys and applies
-// the gates that open. Many tokens: the caller copies the keys to `adapted`, multiplies keys and W1 by a library
-// product, hands the products to `gate_products`, adapter by adapter and block by block, and calls `apply_open`. No
-// list of the open rows is made: a library's product with them would need their number on the host, and the
-// projections' warps pass over closed tokens at 4 bytes each.
+// A few tokens: `gated_adapter`, one launch (beside whatever zeroes the counters) that reads every W1 once, decides all
+// gates, copies the keys and applies the gates that open. Many tokens: the caller copies the keys to `adapted`,
+// multiplies keys and W1 by a library product, hands the products to `gate_products`, adapter by adapter and block by
+// block, and calls `apply_open`. No list of the open rows is made: a library's product with them would need their
+// number on the host, and the projections' warps pass over closed tokens at 4 bytes each.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,7 @@ struct AdapterOnDevice {
 };
 
 // Counters of a call beside one per adapter.
-inline constexpr std::int64_t kMoreTickets = 4;
+inline constexpr std::int64_t kMoreTickets = 5;
 
 enum class Composition { kChain, kArgmax, kSum };
 
@@ -57,12 +57,12 @@ struct GatedAdapterCall {
 };
 
 // Scratch of a call; needs sizes, dtypes, composition and the adapters' shapes, not the pointers. It grows with tokens
-// × hidden rows of all adapters (half a byte each) and, with several adapters, with 4 bytes × tokens × width: long
-// inputs are best cut into pieces of a thousand tokens.
+// × hidden rows of all adapters (one byte each, half of one for a single token) and, with several adapters, with 4
+// bytes × tokens × width: long inputs are best cut into pieces of a thousand tokens.
 std::size_t scratch_bytes(const GatedAdapterCall& call);
 
 // Decides all gates by its own products and applies those that open: `adapted`, `logits` and `opened` are written
-// whole. W1 is read once per 16 tokens. Rows without an open gate keep their bits.
+// whole. W1 is read once per 8 tokens. Rows without an open gate keep their bits.
 void gated_adapter(const GatedAdapterCall& call, void* stream);
 
 // Logits and decisions of the native keys are there (`gate_products` of every adapter) and `adapted` holds the keys:

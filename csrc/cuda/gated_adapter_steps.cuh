@@ -38,10 +38,12 @@ struct GateWork {
     float* logits = nullptr;
     bool* opened = nullptr;
     int* tickets = nullptr;
-    float* partial = nullptr;  // [n_tokens, n_tiles]
-    int* acting = nullptr;     // [n_tokens] the adapter whose turn it is with a token, −1: none any more
-    float* inner = nullptr;    // [n_tokens, max_rank]
-    float* values = nullptr;   // [n_tokens, key_dim] adapted keys so far, where a token can move twice
+    float* partial = nullptr;        // [n_tokens, n_tiles]
+    int* acting = nullptr;           // [n_tokens] the adapter whose turn it is with a token, −1: none any more
+    int* n_acting = nullptr;         // tokens with whom it is somebody's turn
+    std::int64_t* listed = nullptr;  // [n_tokens] which these are
+    float* inner = nullptr;          // [n_tokens, max_rank]
+    float* values = nullptr;         // [n_tokens, key_dim] adapted keys so far, where a token can move twice
 };
 static_assert(sizeof(GateWork) + 128 <= 4096, "parameters of a launch are limited to 4 KB before CUDA 12.1");
 
@@ -205,64 +207,71 @@ __device__ inline void settle_gate(const GateWork& work, int adapter, int n_tile
     }
 }
 
-// The first open gate after `after`, or −1. Asked by a whole warp; every lane gets the answer.
+// Gates that a thread looks at together: one by one each would wait for memory by itself.
+inline constexpr int kGatesTogether = 8;
+
+// The first open gate after `after`, or −1.
 __device__ inline int first_open(const GateWork& work, std::int64_t token, int after) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
-    for (int base = after + 1; base < work.n_adapters; base += kLanes) {
-        const int adapter = base + lane;
-        const bool opened = adapter < work.n_adapters && work.opened[adapter * work.n_tokens + token];
-        const unsigned votes = __ballot_sync(kAllLanes, opened);
-        if (votes != 0) {
-            return base + __ffs(static_cast<int>(votes)) - 1;
+    for (int base = after + 1; base < work.n_adapters; base += kGatesTogether) {
+        int found = -1;
+#pragma unroll
+        for (int i = kGatesTogether - 1; i >= 0; --i) {
+            const int adapter = base + i;
+            if (adapter < work.n_adapters && work.opened[adapter * work.n_tokens + token]) {
+                found = adapter;
+            }
+        }
+        if (found >= 0) {
+            return found;
         }
     }
     return -1;
 }
 
-// The open gate of the largest logit, the first of equals, or −1; the others are shut. NaN counts as infinite. Asked by
-// a whole warp.
+// The open gate of the largest logit, the first of equals, or −1; the others are shut. NaN counts as infinite.
 __device__ inline int keep_largest(const GateWork& work, std::int64_t token) {
-    const int lane = static_cast<int>(threadIdx.x) % kLanes;
     float largest = -kInfiniteLogit;
-    int best = work.n_adapters;  // none
-    for (int adapter = lane; adapter < work.n_adapters; adapter += kLanes) {
+    int best = -1;
+#pragma unroll kGatesTogether
+    for (int adapter = 0; adapter < work.n_adapters; ++adapter) {
         const std::int64_t place = adapter * work.n_tokens + token;
         const float logit = work.logits[place];
-        // gates without a threshold open on NaN; compared as such it would leave the lanes with different answers
-        const float size = logit == logit ? logit : kInfiniteLogit;
-        if (work.opened[place] && (best == work.n_adapters || size > largest)) {
+        const float size = logit == logit ? logit : kInfiniteLogit;  // gates without a threshold open on NaN
+        if (work.opened[place] && (best < 0 || size > largest)) {
             largest = size;
             best = adapter;
         }
     }
-    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-        const float other = __shfl_xor_sync(kAllLanes, largest, lanes);
-        const int other_best = __shfl_xor_sync(kAllLanes, best, lanes);
-        const bool is_better = other > largest || (other == largest && other_best < best);
-        if (other_best < work.n_adapters && (best == work.n_adapters || is_better)) {
-            largest = other;
-            best = other_best;
-        }
-    }
-    for (int adapter = lane; adapter < work.n_adapters; adapter += kLanes) {
+    for (int adapter = 0; adapter < work.n_adapters; ++adapter) {
         work.opened[adapter * work.n_tokens + token] = adapter == best;
     }
-    return best < work.n_adapters ? best : -1;
+    return best;
 }
 
-// Whose turn it is with each token: before the first projections, or after others. One block.
-__device__ inline void choose_acting(const GateWork& work, bool is_first) {
-    for (std::int64_t token = threadIdx.x / kLanes; token < work.n_tokens; token += kGateWarps) {
+// Whose turn it is with each token, before the first projections or after others; the tokens with whom it is somebody's
+// are put on the list, whose order changes nothing. Of `n_threads` threads this is number `thread`; `n_acting` is zero
+// before.
+__device__ inline void choose_acting(const GateWork& work, bool is_first, std::int64_t thread, std::int64_t n_threads) {
+    for (std::int64_t token = thread; token < work.n_tokens; token += n_threads) {
         int acting = is_first ? -1 : work.acting[token];
         if (is_first || acting >= 0) {
             acting =
                 work.composition == Composition::kArgmax ? keep_largest(work, token) : first_open(work, token, acting);
         }
-        __syncwarp();  // every lane has read whose turn it was
-        if (threadIdx.x % kLanes == 0) {
-            work.acting[token] = acting;
+        work.acting[token] = acting;
+        if (acting >= 0) {
+            work.listed[atomicAdd(work.n_acting, 1)] = token;
         }
     }
+}
+
+// The same by one block.
+__device__ inline void choose_acting_alone(const GateWork& work, bool is_first) {
+    if (threadIdx.x == 0) {
+        *work.n_acting = 0;
+    }
+    __syncthreads();
+    choose_acting(work, is_first, threadIdx.x, kGateThreads);
 }
 
 // This thread's columns of a row of A times a key, eight by eight. Rows that do not allow wide accesses are added up in
@@ -289,17 +298,17 @@ __device__ inline float multiply_row(const Weight* weights, const Key* key, bool
     return sum;
 }
 
-// inner[t] = A key_t of the acting adapter; a block per row of A, all blocks of the launch.
+// inner[t] = A key_t of the acting adapter, for the listed tokens; a block per row of A, all blocks of the launch.
 template <class Weight, class Key>
 __device__ inline void project_inner(const GateWork& work, const KeyRows<Key>& keys, GateShared& shared) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes, warp = static_cast<int>(threadIdx.x) / kLanes;
-    for (std::int64_t item = blockIdx.x; item < work.n_tokens * work.max_rank; item += gridDim.x) {
-        const std::int64_t token = item / work.max_rank, row = item % work.max_rank;
-        const int acting = work.acting[token];
-        if (acting < 0 || row >= entry_of(work, acting).adapter.rank) {  // the same for all threads
+    const std::int64_t n_items = std::int64_t{*work.n_acting} * work.max_rank;
+    for (std::int64_t item = blockIdx.x; item < n_items; item += gridDim.x) {
+        const std::int64_t token = work.listed[item / work.max_rank], row = item % work.max_rank;
+        const GateEntry& entry = entry_of(work, work.acting[token]);
+        if (row >= entry.adapter.rank) {  // the same for all threads
             continue;
         }
-        const GateEntry& entry = entry_of(work, acting);
         const Weight* const weights = static_cast<const Weight*>(entry.adapter.a) + row * entry.adapter.a_stride;
         const float sum = warp_sum(multiply_row(weights, keys.data + token * keys.row_stride,
                                                 keys.sixteen_bytes && entry.wide_a, work.key_dim));
@@ -321,20 +330,17 @@ __device__ inline void project_inner(const GateWork& work, const KeyRows<Key>& k
 // Rows of B at a time; more of them take the registers that a second block of the multiprocessor needs.
 inline constexpr int kOuterRows = kLanes / 4;
 
-// adapted[t] = base_t + B inner_t of the acting adapter, kept in float32 where the token can move again; a warp per
-// kOuterRows rows of B.
+// adapted[t] = base_t + B inner_t of the acting adapter, for the listed tokens, kept in float32 where the token can
+// move again; a warp per kOuterRows rows of B.
 template <class Weight, class Base, class Key>
 __device__ inline void project_outer(const GateWork& work, const KeyRows<Base>& bases, Key* adapted, std::int64_t warp,
                                      std::int64_t n_warps) {
     const int lane = static_cast<int>(threadIdx.x) % kLanes, own_row = folded_index<kOuterRows>(lane);
     const std::int64_t n_groups = (work.key_dim + kOuterRows - 1) / kOuterRows;
-    for (std::int64_t item = warp; item < work.n_tokens * n_groups; item += n_warps) {
-        const std::int64_t token = item / n_groups, j0 = item % n_groups * kOuterRows;
-        const int acting = work.acting[token];
-        if (acting < 0) {
-            continue;
-        }
-        const AdapterOnDevice& adapter = entry_of(work, acting).adapter;
+    const std::int64_t n_items = *work.n_acting * n_groups;
+    for (std::int64_t item = warp; item < n_items; item += n_warps) {
+        const std::int64_t token = work.listed[item / n_groups], j0 = item % n_groups * kOuterRows;
+        const AdapterOnDevice& adapter = entry_of(work, work.acting[token]).adapter;
         const float* inner = work.inner + token * work.max_rank;
         float sums[kOuterRows] = {};
 #pragma unroll 1

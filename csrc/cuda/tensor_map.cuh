@@ -27,8 +27,8 @@ inline bool has_tensor_map(const BoxedMatrix& matrix) {
     constexpr std::int64_t kMost = std::int64_t{1} << 31;  // coordinates are ints
     const bool begins_well =
         reinterpret_cast<std::uintptr_t>(matrix.data) % 16 == 0 && matrix.row_stride * matrix.element_bytes % 16 == 0;
-    return begins_well && matrix.row_stride >= matrix.n_columns && matrix.n_rows > 0 && matrix.n_rows < kMost && matrix.n_columns > 0 &&
-           matrix.n_columns < kMost;
+    return begins_well && matrix.row_stride >= matrix.n_columns && matrix.n_rows > 0 && matrix.n_rows < kMost &&
+           matrix.n_columns > 0 && matrix.n_columns < kMost;
 }
 
 #ifdef REP_FAST_CUDA_ON_CPU

@@ -32,9 +32,33 @@ void take_steps(DeviceArgs& args, const StepTensors& given, cuda::FusedScan& sca
     REP_FAST_CHECK(values.row_stride == values.cols && values.cols == scan.factor_stride,
                    "key_values and factor must be contiguous and of one width, got row strides "
                        << values.row_stride << " and " << scan.factor_stride);
-    scan.steps = {values.data, values.cols, args.vector<const float>(given.steps, "key_steps"),
-                  args.vector<const float>(given.margins, "key_margins"),
+    const auto of_keys = [&](const py::object& tensor, const char* name) {
+        const auto numbers = args.take(tensor, name).vector<const float>();
+        REP_FAST_CHECK(std::ssize(numbers) == scan.selection.keys.n_keys && values.rows == scan.selection.keys.n_keys,
+                       name << " and key_values must be one per key, got " << numbers.size() << " and " << values.rows);
+        return numbers.data();
+    };
+    scan.steps = {values.data, values.cols, of_keys(given.steps, "key_steps"), of_keys(given.margins, "key_margins"),
                   args.vector<const float>(given.query_steps, "query_steps")};
+}
+
+struct ScratchTensors {
+    const py::object &limits, &counts, &candidates;
+};
+
+void take_scratch(DeviceArgs& args, const ScratchTensors& given, cuda::FusedScan& scan) {
+    const std::int64_t n_queries = scan.selection.n_queries;
+    const auto lists = args.take(given.candidates, "candidates").matrix<std::int32_t>();
+    REP_FAST_CHECK(lists.row_stride == lists.cols && lists.rows == n_queries,
+                   "candidates must be contiguous and a row per query, got " << lists.rows << " rows, row stride "
+                                                                             << lists.row_stride);
+    const auto limits = args.take(given.limits, "limits").matrix<float>();  // four numbers each
+    REP_FAST_CHECK(limits.row_stride == 4 && limits.cols == 4 && limits.rows >= cuda::padded_queries(n_queries),
+                   "limits must be (" << cuda::padded_queries(n_queries) << ", 4) and contiguous, got " << limits.rows
+                                      << " × " << limits.cols);
+    const auto counts = args.take(given.counts, "counts").vector<std::int32_t>();
+    REP_FAST_CHECK(std::ssize(counts) == n_queries, "counts must be one per query, got " << counts.size());
+    scan.scratch = {reinterpret_cast<cuda::QueryLimit*>(limits.data), counts.data(), lists.data, lists.cols};
 }
 
 bool can_fuse(const py::object& keys, const py::object& factor, int n_parts) {
@@ -67,12 +91,7 @@ void scan_fused(const py::object& keys, std::int64_t first_row, std::int64_t fir
     take_rules(args, {token_ids, sequence_starts, last_tokens, lookback, window, indptr, subjects}, scan.selection);
     auto* const bad_rows = args.vector<std::int64_t>(counters, "counters");
     scan.counters = {nullptr, bad_rows, bad_rows + 1};
-    const auto lists = args.take(candidates, "candidates").matrix<std::int32_t>();
-    REP_FAST_CHECK(lists.row_stride == lists.cols,
-                   "candidates must be contiguous, got row stride " << lists.row_stride);
-    auto* const of_queries = args.take(limits, "limits").matrix<float>().data;  // four numbers each
-    scan.scratch = {reinterpret_cast<cuda::QueryLimit*>(of_queries), args.vector<std::int32_t>(counts, "counts"),
-                    lists.data, lists.cols};
+    take_scratch(args, {limits, counts, candidates}, scan);
     const Launching launching(args);
     cuda::scan_fused(scan, stream_arg(stream));
 }
@@ -80,6 +99,9 @@ void scan_fused(const py::object& keys, std::int64_t first_row, std::int64_t fir
 }  // namespace
 
 void bind_cuda_fused_scan(py::module_& m) {
+    m.attr("fused_tile_keys") = cuda::kFusedTileKeys;
+    m.def(
+        "fused_tile_queries", [](std::int64_t n) { return cuda::choose_fused_tile(n).queries; }, py::arg("n_queries"));
     m.def("padded_queries", &cuda::padded_queries, py::arg("n_queries"));
     m.def("can_fuse", &can_fuse, py::kw_only(), py::arg("keys"), py::arg("factor"), py::arg("n_parts"));
     m.def("scan_fused", &scan_fused, py::kw_only(), py::arg("keys"), py::arg("first_row"), py::arg("first_id"),

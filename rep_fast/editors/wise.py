@@ -292,9 +292,7 @@ def _row_means(gaps: Tensor, where: Tensor) -> Tensor:
 def _mean_of_positive(excess: Tensor) -> Tensor:
     """Mean of the positive entries, 0 where there are none; how many there are is not known on the host."""
     is_positive = excess > 0
-    # positive ones first: the sum then rounds as that of these alone
-    kept = torch.where(is_positive, excess, 0.0).gather(0, is_positive.long().argsort(descending=True, stable=True))
-    return kept.sum() / is_positive.sum().clamp_min(1)
+    return torch.where(is_positive, excess, 0.0).sum() / is_positive.sum().clamp_min(1)
 
 
 def _widened(tensor: Tensor) -> Tensor:

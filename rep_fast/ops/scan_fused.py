@@ -21,9 +21,10 @@ BODIES = ("product", "fused")
 # Few keys leave low limits, and long lists: the first keys of a stream go through the other body.
 _OPENING_ROWS = 4096
 _CHUNK_ROWS = 1 << 16
-_TILE_KEYS, _TILE_QUERIES = 128, 256
 _STAGED_BYTES = 1 << 28  # of a chunk that comes from the host
 _LIST_BYTES = 32 << 20
+# n keys bring some k·n/n_seen better ones, and their margins some more: 3.2 times as many in all at M = 11008
+_CANDIDATES_PER_BETTER_KEY = 8
 
 
 def is_fused_asked_for(device: torch.device) -> bool:
@@ -47,7 +48,7 @@ class FusedChunks:
 
     def __init__(self, module: ModuleType, queries: PreparedQueries, counters: Tensor, rows: int) -> None:
         n_queries, device = len(queries.rows), queries.rows.device
-        capacity = max(min(_LIST_BYTES // (4 * max(n_queries, 1)), rows), 1)
+        capacity = _list_capacity(n_queries, rows)
         self._scan = module.scan_fused
         self._operands: dict[str, Any] = {
             "factor": queries.factor,
@@ -70,18 +71,30 @@ class FusedChunks:
         self._scan(keys=chunk, first_row=first_row, **self._operands, **given)
 
 
-def fused_begin(module: ModuleType, keys: Tensor, queries: PreparedQueries, n_seen: int) -> int:
+def fused_begin(module: ModuleType, keys: Tensor, queries: PreparedQueries, *, k: int, n_seen: int) -> int:
     """Row of `keys` from which on the fused body serves; the number of rows where it does not.
 
     Args:
-        n_seen: keys of the stream before these.
+        k: hits per query. n_seen: keys of the stream before these.
     Raises:
         BackendError: see `is_fused_asked_for`.
     """
-    begin = max(_OPENING_ROWS - n_seen, 0)
-    if not is_fused_asked_for(queries.rows.device) or queries.factor is None or begin >= len(keys):
+    is_served = is_fused_asked_for(queries.rows.device) and queries.factor is not None
+    if not is_served or not _takes(module, keys, queries):
         return len(keys)
-    return begin if _takes(module, keys, queries) else len(keys)
+    return min(max(_opening_rows(len(queries.rows), fused_rows(module, keys, queries), k) - n_seen, 0), len(keys))
+
+
+def _opening_rows(n_queries: int, rows: int, k: int) -> int:
+    """Keys of a stream after which the lists have room for the candidates of a chunk of `rows`."""
+    capacity = _list_capacity(n_queries, rows)
+    if capacity >= rows:
+        return _OPENING_ROWS
+    return max(_OPENING_ROWS, _CANDIDATES_PER_BETTER_KEY * k * rows // capacity)
+
+
+def _list_capacity(n_queries: int, rows: int) -> int:
+    return max(min(_LIST_BYTES // (4 * max(n_queries, 1)), rows), 1)
 
 
 def _takes(module: ModuleType, keys: Tensor, queries: PreparedQueries) -> bool:
@@ -96,23 +109,29 @@ def _takes(module: ModuleType, keys: Tensor, queries: PreparedQueries) -> bool:
     return can_fuse
 
 
-def fused_rows(keys: Tensor, queries: PreparedQueries) -> int:
-    """Keys per chunk: enough tiles for every multiprocessor, unless they are copied from the host first.
+def fused_rows(module: ModuleType, keys: Tensor, queries: PreparedQueries) -> int:
+    """Keys per chunk: many tiles for every multiprocessor, unless they are copied from the host first.
 
-    Of keys in whole steps a chunk is no longer than that, so that the cache may still hold what was quantised.
+    Of keys in whole steps each multiprocessor gets one tile: what is quantised takes memory, and the less of it the
+    more of it the cache still holds when it is multiplied.
     """
     device, rows = queries.rows.device, _CHUNK_ROWS
     if isinstance(queries, DitheredQueries):
-        rows = min(rows, rows_for_every_multiprocessor(len(queries.rows), _n_multiprocessors(device)))
+        tile = (module.fused_tile_keys, module.fused_tile_queries(len(queries.rows)))
+        rows = min(rows, rows_of_a_wave(len(queries.rows), tile, _n_multiprocessors(device)))
     if keys.device != device:
         rows = min(rows, _STAGED_BYTES // (keys.element_size() * max(keys.shape[1], 1)))
     return max(rows, 1)
 
 
-def rows_for_every_multiprocessor(n_queries: int, n_multiprocessors: int) -> int:
-    """Keys whose tiles give each multiprocessor one at least."""
-    query_tiles = max(-(-n_queries // _TILE_QUERIES), 1)
-    return -(-n_multiprocessors // query_tiles) * _TILE_KEYS
+def rows_of_a_wave(n_queries: int, tile: tuple[int, int], n_multiprocessors: int) -> int:
+    """Keys that make as many tiles as run at once, or the fewest more.
+
+    Args:
+        tile: its keys and queries.
+    """
+    query_tiles = max(-(-n_queries // tile[1]), 1)
+    return max(n_multiprocessors // query_tiles, 1) * tile[0]
 
 
 def _n_multiprocessors(device: torch.device) -> int:

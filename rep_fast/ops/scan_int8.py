@@ -103,7 +103,8 @@ class QuantisedKeys:
         device = queries.rows.device
         self._quantise, self._queries, self._counters = module.quantise_rows, queries, counters
         n_padded = _padded(rows, module.quantised_multiple)
-        self.values = torch.zeros(n_padded, queries.factor.shape[1], dtype=torch.int8, device=device)
+        # what no key has been written to is multiplied by nobody who reads the sums
+        self.values = torch.empty(n_padded, queries.factor.shape[1], dtype=torch.int8, device=device)
         self._steps, self._margins = torch.empty(2, rows, device=device)
 
     def take(self, chunk: Tensor, first_row: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,7 +140,7 @@ class Int8Chunks:
         n_padded = _padded(len(chunk), self._multiple)
         _, steps, margins = self._keys.take(chunk, first_row)
         sums = self._sums[: len(self._factor) * n_padded].view(len(self._factor), n_padded)
-        # rows behind the chunk hold zeros or keys of the chunk before: nobody reads their sums
+        # rows behind the chunk hold anything: nobody reads their sums
         torch._int_mm(self._factor, self._keys.values[:n_padded].T, out=sums)
         return {"approximate": sums, "norms": margins, "key_steps": steps, "query_steps": self._query_steps}
 

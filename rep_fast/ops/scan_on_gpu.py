@@ -57,20 +57,26 @@ def scan_on_gpu(
         "stream": stream_number(device),
         **{name: None if t is None else t.contiguous() for name, t in rules.items()},
     }
-    chunks = (
-        Int8Chunks(module, queries, rows, counters)
-        if isinstance(queries, DitheredQueries)
-        else _FloatChunks(module, queries, keys, rows, counters)
-    )
-    begin = fused_begin(module, keys, queries, n_seen)
-    for first, chunk in chunks_on(device, keys[:begin], rows):
-        module.select_hits(keys=chunk, first_row=first, **chunks.scored(chunk, first), **given)
+    begin = fused_begin(module, keys, queries, k=ids.shape[1], n_seen=n_seen)
+    if begin > 0:
+        chunks = _scored_chunks(module, queries, keys, rows, counters)
+        for first, chunk in chunks_on(device, keys[:begin], rows):
+            module.select_hits(keys=chunk, first_row=first, **chunks.scored(chunk, first), **given)
+        del chunks  # its memory is the next one's
     if begin < len(keys):
-        fused_chunk = min(fused_rows(keys, queries), len(keys) - begin)
+        fused_chunk = min(fused_rows(module, keys, queries), len(keys) - begin)
         fused = FusedChunks(module, queries, counters, fused_chunk)
         for first, chunk in chunks_on(device, keys[begin:], fused_chunk):
             fused.scan(chunk, begin + first, **given)
     return scores, ids, queries.dropped, _counts(counters, queries.scan_pass, len(keys))
+
+
+def _scored_chunks(
+    module: ModuleType, queries: PreparedQueries, keys: Tensor, rows: int, counters: Tensor
+) -> Int8Chunks | _FloatChunks:
+    if isinstance(queries, DitheredQueries):
+        return Int8Chunks(module, queries, rows, counters)
+    return _FloatChunks(module, queries, keys, rows, counters)
 
 
 class _FloatChunks:
@@ -147,6 +153,8 @@ class _Copier:
         self._work = torch.cuda.current_stream(device)
         self._copies = torch.cuda.Stream(device)
         self._copies.wait_stream(self._work)  # what used the device buffers' memory before
+        for landed in self._landed:  # nor does anybody get it who works on before a copy has ended
+            landed.record_stream(self._copies)
         self._sent: list[torch.cuda.Event | None] = [None, None]
         self._released: list[torch.cuda.Event | None] = [None, None]
 

@@ -52,9 +52,6 @@ def stages(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "mm", widened_product)
     monkeypatch.setattr(torch, "addmm", widened_sum)
     monkeypatch.setattr(scan_fused, "_OPENING_ROWS", 40)
-    # set by the stages
-    monkeypatch.setenv("REP_FAST_GPU_SCAN", "product")
-    monkeypatch.setenv("REP_FAST_GPU_MOMENT", "mma")
     for op, names in OPS.items():
         for name in names:
             serve_by_executor(monkeypatch, op, name)

@@ -176,7 +176,7 @@ __global__ void store_and_look(unsigned* out) {
     auto& shared = shared_as<uint4>();
     if (threadIdx.x == 0) {
         shared = uint4{9, 9, 9, 9};
-        ptx::store_16(&shared, uint4{1, 2, 3, 4});
+        ptx::store_16_shared(&shared, uint4{1, 2, 3, 4});
         if (kFences) {
             ptx::fence_async_proxy();
         }
@@ -186,7 +186,7 @@ __global__ void store_and_look(unsigned* out) {
 }
 
 __global__ void store_beside() {
-    ptx::store_16(static_cast<unsigned char*>(cuda_on_cpu::shared_memory()) + 8, uint4{0, 0, 0, 0});
+    ptx::store_16_shared(static_cast<unsigned char*>(cuda_on_cpu::shared_memory()) + 8, uint4{0, 0, 0, 0});
 }
 
 void test_stores_are_there_behind_the_fence() {

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from cuda_bodies import needs_gpu, serve_by_executor
+from cuda_bodies import executor, needs_gpu, serve_by_executor
 from scan_checks import random_block, same_bits
 from torch import Tensor
 
@@ -134,6 +134,7 @@ def test_lists_that_overflow_lose_nothing(
 ) -> None:
     keys, queries = (part.to(device) for part in random_block(300, 6, 40, dtype=torch.bfloat16))
     monkeypatch.setattr(scan_fused, "_LIST_BYTES", 4 * 6 * 2)  # two places for each query
+    monkeypatch.setattr(scan_fused, "_CANDIDATES_PER_BETTER_KEY", 0)
     found = whitened_topk(keys, queries, 9)
     assert sum(served) == 280
     assert same_bits(found, first_body(monkeypatch, keys, queries, 9))
@@ -200,18 +201,31 @@ def test_keys_on_the_host(monkeypatch: pytest.MonkeyPatch, served: list[int]) ->
 
 def test_rows_of_a_chunk() -> None:
     rows = torch.empty(1, 11008)
-    bf16 = prepare_queries(rows, "bf16", torch.bfloat16)
-    assert scan_fused.fused_rows(torch.empty(1, 11008).bfloat16(), bf16) == 1 << 16
-    assert scan_fused.fused_rows(torch.empty(1, 11008, device="meta").bfloat16(), bf16) == (1 << 28) // 22016
+    bf16, module = prepare_queries(rows, "bf16", torch.bfloat16), ModuleType("nothing is asked of it")
+    assert scan_fused.fused_rows(module, torch.empty(1, 11008).bfloat16(), bf16) == 1 << 16
+    on_host = torch.empty(1, 11008, device="meta").bfloat16()
+    assert scan_fused.fused_rows(module, on_host, bf16) == (1 << 28) // 22016
 
 
-@pytest.mark.parametrize("n_queries", [1, 256, 257, 400, 2000, 20_000])
+@pytest.mark.parametrize("n_queries", [1, 100, 128, 256, 257, 300, 400, 600, 2000, 20_000])
 @pytest.mark.parametrize("n_multiprocessors", [1, 132])
-def test_as_few_rows_as_keep_every_multiprocessor_busy(n_queries: int, n_multiprocessors: int) -> None:
-    rows = scan_fused.rows_for_every_multiprocessor(n_queries, n_multiprocessors)
-    tiles_of_128 = math.ceil(n_queries / 256)
-    assert rows / 128 * tiles_of_128 >= n_multiprocessors
-    assert (rows / 128 - 1) * tiles_of_128 < n_multiprocessors
+def test_the_tiles_of_a_wave_run_at_once(n_queries: int, n_multiprocessors: int) -> None:
+    module = executor()
+    if module is None:
+        pytest.skip("the CUDA executor is not built: pip install -e . builds it")
+    tile = (module.fused_tile_keys, module.fused_tile_queries(n_queries))
+    query_tiles = module.padded_queries(n_queries) // tile[1]
+    key_tiles = scan_fused.rows_of_a_wave(n_queries, tile, n_multiprocessors) // tile[0]
+    assert key_tiles == 1 or key_tiles * query_tiles <= n_multiprocessors
+    assert (key_tiles + 1) * query_tiles > n_multiprocessors
+
+
+def test_the_opening_lets_lists_hold_a_chunk() -> None:
+    assert scan_fused._opening_rows(100, 1 << 16, 10) == 4096
+    for n_queries, k in ((400, 1000), (20_000, 10)):
+        opening, capacity = scan_fused._opening_rows(n_queries, 1 << 16, k), (32 << 20) // (4 * n_queries)
+        assert 4096 < opening < 1 << 16
+        assert 3.2 * k * (1 << 16) / opening < capacity
 
 
 def test_a_body_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

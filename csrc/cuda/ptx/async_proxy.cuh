@@ -15,7 +15,7 @@ namespace rep_fast::cuda::ptx {
 #ifdef REP_FAST_CUDA_ON_CPU
 
 // Nobody sees the store before the fence.
-inline void store_16(void* shared, const uint4& value) {
+inline void store_16_shared(void* shared, const uint4& value) {
     detail::check_multiple(shared, 16);
     cuda_on_cpu::work_later([=] { std::memcpy(shared, &value, sizeof(uint4)); });
 }
@@ -27,7 +27,7 @@ inline void fence_async_proxy() {
 #else
 
 // st.shared.v4.b32 [shared], value: 16 bytes, at a multiple of 16.
-__device__ inline void store_16(void* shared, const uint4& value) {
+__device__ inline void store_16_shared(void* shared, const uint4& value) {
     const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
                  "r"(value.w)

@@ -1,5 +1,5 @@
-// Accesses of 16 and 8 bytes, one instruction each (ld.v4.b32, st.v2.b32, ld.v2.f64, st.v2.f64): a device stops at an
-// address that is not a multiple of the size.
+// Accesses of 16 and 8 bytes, one instruction each (ld.v4.b32, st.v4.b32, st.v2.b32, ld.v2.f64, st.v2.f64): a device
+// stops at an address that is not a multiple of the size.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,6 +22,10 @@ inline uint4 load_16(const void* from) {
     detail::check_multiple(from, 16);
     return *static_cast<const uint4*>(from);
 }
+inline void store_16(void* to, const uint4& words) {
+    detail::check_multiple(to, 16);
+    *static_cast<uint4*>(to) = words;
+}
 inline void store_8(void* to, uint2 words) {
     detail::check_multiple(to, 8);
     *static_cast<uint2*>(to) = words;
@@ -39,6 +43,9 @@ inline void store_pair(double* to, const double2& pair) {
 
 __device__ inline uint4 load_16(const void* from) {
     return *static_cast<const uint4*>(from);
+}
+__device__ inline void store_16(void* to, const uint4& words) {
+    *static_cast<uint4*>(to) = words;
 }
 __device__ inline void store_8(void* to, uint2 words) {
     *static_cast<uint2*>(to) = words;
