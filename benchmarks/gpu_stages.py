@@ -250,7 +250,7 @@ def gates() -> None:
 
 
 def open_case(n_tokens: int, adapters: list[AdapterWeights]) -> None:
-    """What gates cost that open for a token in twenty, one at least: an adapter per call, and all of them as a chain."""
+    """What gates cost that open for a token in twenty, one at least: an adapter per call, and all as a chain."""
     keys = torch.randn(n_tokens, SIZES.gate[0], device=DEVICE).bfloat16()
     places = max(n_tokens // 20, 1)
     lowest = [gate_logits(keys, own).topk(places).values[-1].double() for own in adapters]
