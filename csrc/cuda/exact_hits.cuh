@@ -20,7 +20,8 @@ inline constexpr int kSelectionThreads = 256;
 inline constexpr int kSelectionWarps = kSelectionThreads / kLanes;
 // that wait for their exact scores at most
 inline constexpr int kCandidates = 2048;
-inline constexpr std::size_t kLargestShared = 160 * 1024;
+// what a block may ask for on every architecture that is served: sm_86, sm_89 and sm_120 have the least
+inline constexpr std::size_t kLargestShared = 99 * 1024;
 // ‖k‖·margin at which a float32 sum may have overflowed: margins are more than 2⁻²⁴‖w‖, and 2¹⁰⁰·2²⁴ < 2¹²⁷
 inline constexpr float kLargestError = 0x1p100f;
 

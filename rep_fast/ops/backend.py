@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from rep_fast.ops import native
+from rep_fast.ops.gpu_bodies import GPU_BODIES, asked_gpu_body, check_asked_bodies
 
 OPS = ("accumulate_moment", "gated_adapter", "kbest_paths", "packed_scores", "spd_solver", "whitened_topk")
 OLDEST_GPU = (8, 0)  # compute capability
@@ -64,7 +65,8 @@ def _choose_cuda(op: str, device: torch.device) -> Backend:
         return Backend("reference", found.reason)
     if op not in found.module.bodies:
         return Backend("reference", "this op has no CUDA body")
-    return Backend(f"cuda-sm{major}{minor}", "CUDA kernels serve tensors on this GPU", found.module)
+    asked = f" by their body {asked_gpu_body(op, device)!r}" if op in GPU_BODIES else ""
+    return Backend(f"cuda-sm{major}{minor}", f"CUDA kernels serve tensors on this GPU{asked}", found.module)
 
 
 def choose_or_warn(op: str, device: torch.device | None = None) -> Backend:
@@ -76,5 +78,10 @@ def choose_or_warn(op: str, device: torch.device | None = None) -> Backend:
 
 
 def backend(device: torch.device | str = "cpu") -> dict[str, tuple[str, str]]:
-    """For each op the body that serves tensors on `device` now, and why: op → (name, reason)."""
+    """For each op the body that serves tensors on `device` now, and why: op → (name, reason).
+
+    Raises:
+        BackendError: `REP_FAST_ISA` or a variable of `GPU_BODIES` asks for what there is not.
+    """
+    check_asked_bodies()
     return {op: choose(op, torch.device(device))[:2] for op in OPS}

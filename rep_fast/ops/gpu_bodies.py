@@ -4,22 +4,27 @@ measured beside the first."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import torch
 
 from rep_fast.errors import BackendError
 
+# op → the variable that asks, and the bodies it may name, the one that serves unasked first
+GPU_BODIES = {
+    "whitened_topk": ("REP_FAST_GPU_SCAN", ("product", "fused")),
+    "accumulate_moment": ("REP_FAST_GPU_MOMENT", ("mma", "wgmma128", "wgmma192")),
+}
 _HOPPER = (9, 0)
 
 
-def asked_gpu_body(variable: str, bodies: Sequence[str], device: torch.device) -> str:
-    """Which of `bodies` the environment's `variable` asks for on `device`; the first where it is not set.
+def asked_gpu_body(op: str, device: torch.device) -> str:
+    """Which body of `op` the environment asks for on `device`; the first where it asks for none.
 
     Raises:
         BackendError: it names no body, or one of the later ones for a GPU other than Hopper.
     """
-    name = os.environ.get(variable, bodies[0])
+    variable, bodies = GPU_BODIES[op]
+    name = os.environ.get(variable) or bodies[0]
     if name not in bodies:
         raise BackendError(f"{variable}: must be one of {', '.join(bodies)}, got {name!r}")
     if name == bodies[0]:
@@ -28,3 +33,13 @@ def asked_gpu_body(variable: str, bodies: Sequence[str], device: torch.device) -
     if (major, minor) != _HOPPER:
         raise BackendError(f"{variable}: {name!r} needs a GPU of sm_90, this is sm_{major}{minor}; unset it")
     return name
+
+
+def check_asked_bodies() -> None:
+    """Looks at what the environment asks for where no GPU does.
+
+    Raises:
+        BackendError: a variable names no body.
+    """
+    for op in GPU_BODIES:
+        asked_gpu_body(op, torch.device("cpu"))

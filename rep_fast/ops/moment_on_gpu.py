@@ -17,7 +17,6 @@ from rep_fast.ops.gpu_bodies import asked_gpu_body
 from rep_fast.ops.native import stream_number
 
 _TILE_COLUMNS = {"wgmma128": 128, "wgmma192": 192}
-BODIES = ("mma", *_TILE_COLUMNS)
 
 
 class UnreadTokens(NamedTuple):
@@ -57,7 +56,7 @@ def accumulate_on_gpu(module: ModuleType, lower: Tensor, keys: Tensor, counts: T
     Raises:
         BackendError: `REP_FAST_GPU_MOMENT` names no body, or one that this GPU does not have.
     """
-    body = asked_gpu_body("REP_FAST_GPU_MOMENT", BODIES, keys.device)
+    body = asked_gpu_body("accumulate_moment", keys.device)
     given: dict[str, Any] = {"keys": keys, "counts": counts, "total": lower, "stream": stream_number(keys.device)}
     if body in _TILE_COLUMNS and module.can_accumulate_by_wgmma(keys=keys):
         module.accumulate_moment_by_wgmma(tile_columns=_TILE_COLUMNS[body], **given)

@@ -17,7 +17,6 @@ from rep_fast.ops.gpu_bodies import asked_gpu_body
 from rep_fast.ops.scan_int8 import DitheredQueries, QuantisedKeys
 from rep_fast.ops.scan_products import PreparedQueries
 
-BODIES = ("product", "fused")
 # Few keys leave low limits, and long lists: the first keys of a stream go through the other body.
 _OPENING_ROWS = 4096
 _CHUNK_ROWS = 1 << 16
@@ -33,7 +32,7 @@ def is_fused_asked_for(device: torch.device) -> bool:
     Raises:
         BackendError: it names no body, or the fused one for a GPU that has none.
     """
-    return asked_gpu_body("REP_FAST_GPU_SCAN", BODIES, device) == "fused"
+    return asked_gpu_body("whitened_topk", device) == "fused"
 
 
 class FusedChunks:

@@ -33,7 +33,7 @@ def gated_adapter(
         return keys.double() + opening * projection(keys, adapters[0])
     bounds = [_logit(value) for value in tau]
     adapted = []
-    for key in keys.double().split(1):  # [1, M]
+    for key in keys.double()[:, None]:  # [1, M]
         if compose == "chain":
             current = key
             for weights, bound in zip(adapters, bounds, strict=True):

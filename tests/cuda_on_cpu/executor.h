@@ -33,8 +33,8 @@ struct Dim3 {
 
 inline constexpr unsigned kWarpSize = 32;
 inline constexpr unsigned kMaxThreads = 1024;
-// what a block may ask for on the smallest architecture that is served (sm_80: 163 KiB)
-inline constexpr std::size_t kMaxSharedBytes = 163 * 1024;
+// what a block may ask for on every architecture that is served (sm_86, sm_89: 99 KiB, sm_80: 163)
+inline constexpr std::size_t kMaxSharedBytes = 99 * 1024;
 // the same on sm_90, whose swizzled tiles begin at multiples of 1024 bytes
 inline constexpr std::size_t kMaxSharedBytesOfHopper = 227 * 1024;
 

@@ -1,5 +1,6 @@
 // The fused scan against brute force: the same hits as any other body gives, whatever the schedule, the tile and the
 // room in its lists.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -157,6 +158,26 @@ void test_margins_count_with_the_norm(int n_parts) {
     }
 }
 
+// Beside an entry whose square is 2²⁴ float32 forgets the squares of all others that one thread adds to it: the norm is
+// rounded up by what may have been forgotten, and the pair, whose margin reaches the limit by a hair, is listed.
+void test_norms_hold_what_float32_forgets() {
+    constexpr std::int64_t kWidth = 8192;
+    Case input(3, 1, kWidth, 1, 5);
+    std::fill(input.queries.begin(), input.queries.end(), 0.0f);
+    input.queries[1] = 1.0f;
+    std::fill(input.keys.begin(), input.keys.end(), BFloat16{0});
+    input.keys[1] = cut(8.0f);  // the best so far, and the limit
+    for (std::int64_t row : {1, 2}) {
+        for (std::int64_t j = 2; j < kWidth; ++j) {
+            input.keys[static_cast<std::size_t>(row * input.stride + j)] = cut(0.94921875f);
+        }
+        input.keys[static_cast<std::size_t>(row * input.stride)] = cut(4096.0f);
+    }
+    input.relative_margin = static_cast<float>(8.0 / input.norm(1) * (1.0 + 1e-6));
+    scan(input, 2, 1);
+    EXPECT(input.counts[0] == 2);
+}
+
 void test_rows_that_are_not_finite_are_left_out_and_counted() {
     for (const std::int64_t capacity : {1000, 3}) {
         Case input(400, 3, 20, 8, 3);
@@ -249,6 +270,7 @@ void test_fused_scan() {
         test_lists_hold_what_reaches_the_limit(n_parts);
         test_margins_count_with_the_norm(n_parts);
     }
+    test_norms_hold_what_float32_forgets();
     test_rows_that_are_not_finite_are_left_out_and_counted();
     test_products_that_overflow_are_scored_exactly();
     test_a_query_without_margin_keeps_its_state();

@@ -176,7 +176,7 @@ class _Module:
 @pytest.mark.parametrize(
     ("capability", "module", "name", "reason"),
     [
-        ((9, 0), _Module, "cuda-sm90", "CUDA kernels serve tensors on this GPU"),
+        ((9, 0), _Module, "cuda-sm90", "CUDA kernels serve tensors on this GPU by their body 'product'"),
         ((7, 5), _Module, "reference", "this GPU is sm_75, and the CUDA kernels need sm_80 or newer"),
         ((9, 0), None, "reference", "the test hides it"),
     ],
@@ -188,3 +188,18 @@ def test_the_body_for_a_gpu(
     told = rep_fast.backend("cuda")
     assert told["whitened_topk"] == (name, reason)
     assert told["kbest_paths"][0] == "reference"
+
+
+def test_the_body_that_was_asked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (9, 0), _Module)
+    monkeypatch.setenv("REP_FAST_GPU_SCAN", "fused")
+    assert rep_fast.backend("cuda")["whitened_topk"][1].endswith("by their body 'fused'")
+    monkeypatch.setenv("REP_FAST_GPU_SCAN", "")  # as not set
+    assert rep_fast.backend("cuda")["whitened_topk"][1].endswith("by their body 'product'")
+
+
+@pytest.mark.parametrize("variable", ["REP_FAST_GPU_SCAN", "REP_FAST_GPU_MOMENT"])
+def test_a_body_that_nobody_has_is_refused_without_a_gpu_too(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "bogus")
+    with pytest.raises(errors.BackendError, match=f"{variable}: must be one of .*, got 'bogus'"):
+        rep_fast.backend()
