@@ -172,6 +172,19 @@ def test_an_nvcc_that_does_not_work_leaves_the_cuda_kernels_out(tmp_path: Path) 
     assert "CUDA kernels are left out: /bin/false compiles no program here" in done.stdout
 
 
+def test_an_nvcc_that_was_mended_is_found_in_the_same_build_directory(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    mended, compiler = tmp_path / "mended", tmp_path / "nvcc"
+    compiler.write_text(f'#!/bin/sh\n[ -f "{mended}" ] || exit 1\nexec "{Path(nvcc).resolve()}" "$@"\n')
+    compiler.chmod(0o755)
+    options = ("-DREP_FAST_CUDA=AUTO", f"-DREP_FAST_NVCC={compiler}")
+    assert "compiles no program here" in _configure(tmp_path / "build", *options).stdout
+    mended.touch()
+    assert "CUDA kernels: nvcc" in _configure(tmp_path / "build", *options).stdout
+
+
 def test_the_cuda_module_imports_without_a_driver(module: Any) -> None:
     found = native.find_cuda()
     if found.module is None:

@@ -1,6 +1,5 @@
-// Products of tiles in shared memory by a warpgroup, four warps of which the first is a multiple of four
-// (sm_90a alone): wgmma.mma_async. The sums are in registers: with w the warp in its group, g = lane / 4 and t = lane %
-// 4,
+// Products of tiles in shared memory by a warpgroup, four warps of which the first is a multiple of four (sm_90a
+// alone): wgmma.mma_async. The sums are in registers: with w the warp in its group, g = lane / 4 and t = lane % 4,
 //   sums[4j + 2h + c] is row 16w + g + 8h, column 8j + 2t + c.
 // A product runs by itself: its registers may not be touched between the product and the wait for its group, and a
 // fence stands between other work on registers and the first product.
