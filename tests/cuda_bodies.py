@@ -28,6 +28,16 @@ def needs_gpu() -> None:
         pytest.skip(found.reason)
 
 
+# op → the modules of rep_fast.ops that choose its body
+CHOOSERS = {
+    "accumulate_moment": ("accumulate_moment",),
+    "gated_adapter": ("gated_adapter",),
+    "packed_scores": ("packed_scores",),
+    "spd_solver": ("cholesky", "spd_residual"),
+    "whitened_topk": ("whitened_topk",),
+}
+
+
 @functools.cache
 def executor() -> ModuleType | None:
     """The CUDA module with the executor in the device's place, which an editable installation builds; or None."""
@@ -54,3 +64,10 @@ def serve_by_executor(monkeypatch: pytest.MonkeyPatch, op: str, name: str | None
         if hasattr(door, function):
             monkeypatch.setattr(door, function, lambda *_: chosen)
     return chosen
+
+
+def serve_all_by_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets every op take the executor for its tensors on the CPU."""
+    for op, modules in CHOOSERS.items():
+        for name in modules:
+            serve_by_executor(monkeypatch, op, name)

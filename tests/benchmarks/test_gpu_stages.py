@@ -9,18 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_bodies import serve_by_executor
+from cuda_bodies import serve_all_by_executor
 from torch import Tensor
 
 from rep_fast.ops import scan_fused
 
-OPS = {
-    "accumulate_moment": ["accumulate_moment"],
-    "gated_adapter": ["gated_adapter"],
-    "packed_scores": ["packed_scores"],
-    "spd_solver": ["cholesky", "spd_residual"],
-    "whitened_topk": ["whitened_topk"],
-}
 MODEL = {"hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
@@ -52,9 +45,7 @@ def stages(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "mm", widened_product)
     monkeypatch.setattr(torch, "addmm", widened_sum)
     monkeypatch.setattr(scan_fused, "_OPENING_ROWS", 40)
-    for op, names in OPS.items():
-        for name in names:
-            serve_by_executor(monkeypatch, op, name)
+    serve_all_by_executor(monkeypatch)
     return script
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from cuda_bodies import needs_gpu, serve_by_executor
+from cuda_bodies import needs_gpu, serve_all_by_executor, serve_by_executor
 from scan_checks import FORCED, bodies
 from torch import Tensor
 
@@ -23,11 +23,14 @@ def machine_levels() -> list[str]:
     return [] if module is None else list(LEVELS[: module.machine_level() + 1])
 
 
-@pytest.fixture(params=[*machine_levels(), "reference"])
+@pytest.fixture(params=[*machine_levels(), "reference", "cuda-on-cpu"])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every body of an op in turn: the native ones by `REP_FAST_ISA`, and plain torch without the native module."""
+    """Every body of an op in turn: the native ones by `REP_FAST_ISA`, plain torch without the native module, and the
+    CUDA kernels' source on the CPU."""
     if request.param == "reference":
         monkeypatch.setattr(native, "find", lambda: native.Native(None, "the test hides it"))
+    elif request.param == "cuda-on-cpu":
+        serve_all_by_executor(monkeypatch)
     else:
         monkeypatch.setenv("REP_FAST_ISA", request.param)
     return request.param

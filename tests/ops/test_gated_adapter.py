@@ -141,7 +141,10 @@ def test_bits_depend_neither_on_the_other_tokens_nor_on_threads(level: str, thre
     threaded = gate_logits(keys, adapter)
     bound = 2 * logit_bound(keys, adapter)
     assert bool(((one_by_one - logits).abs() <= bound).all())
-    if level != "reference":  # torch's own products promise no such thing
+    if level not in (
+        "reference",
+        "cuda-on-cpu",
+    ):  # library products promise no such thing, nor do few beside many tokens
         assert torch.equal(one_by_one, logits)
         assert torch.equal(by_five, moved)
         assert torch.equal(threaded, logits)
@@ -264,9 +267,14 @@ def test_nonfinite_logits_are_named(level: str) -> None:
     adapter = random_adapter(8, 3)
     keys = random_keys(5, 8)
     keys[3, 2] = math.nan
+    assert bool(gate_logits(keys, adapter)[3].isnan())
+    if level == "cuda-on-cpu":  # nothing is read back from a GPU: such a gate is shut, and the others' rows are theirs
+        found, others = gated_adapter(keys, adapter), torch.tensor([0, 1, 2, 4])
+        assert torch.equal(found[3].nan_to_num(), keys[3].nan_to_num())
+        assert torch.equal(found[others], gated_adapter(torch.where(keys.isnan(), 0.0, keys), adapter)[others])
+        return
     with pytest.raises(NonFiniteError, match="row 3 is nan"):
         gated_adapter(keys, adapter)
-    assert bool(gate_logits(keys, adapter)[3].isnan())
 
 
 def test_profile_counts_the_gates() -> None:

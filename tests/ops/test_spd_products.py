@@ -85,8 +85,8 @@ def test_padded_rows_of_the_matrix(level: str) -> None:
 
 
 def test_bits_do_not_depend_on_threads_or_on_the_other_columns(level: str, threads: None) -> None:
-    if level == "reference":
-        pytest.skip("needs the native module: plain torch promises no such thing for its products")
+    if level in ("reference", "cuda-on-cpu"):
+        pytest.skip("needs the native module: a library, which a GPU takes for many columns, promises no such thing")
     C = random_moment(250)
     factor = factor_of(C)
     x, b = random_columns(250, 70), random_columns(250, 70, seed=2)
